@@ -1,0 +1,1 @@
+"""Video on disk (or rendered) to batches: sources, sampling, transforms, pipeline."""

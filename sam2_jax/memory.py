@@ -1,0 +1,120 @@
+"""The memory bank: which frames are remembered, and what of them a frame attends to.
+
+Entries fill the slots from the first on, and a new one takes the place of the oldest that no
+later frame will read. So what exists is always a prefix, and attention over the first `count`
+slots costs exactly what there is. Source: SAM 2 (arXiv 2408.00714, section 4, "memory bank"),
+facebookresearch/sam2@2b90b9f sam2_base.py (_prepare_memory_conditioned_features).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from sam2_jax.types import Array, Bank, Slots
+
+WINDOW = 6  # non-conditioning memories: the six frames before the current one
+POINTER_WINDOW = 15  # non-conditioning pointers: the fifteen frames before
+
+
+class Context(NamedTuple):
+    """Memories and pointers that one frame attends to, as `Sam2.with_memory` takes them."""
+
+    memory: Float[Array, "b o k n d"]
+    frames: Int[Array, " k"]  # row of the temporal code
+    pointers: Float[Array, "b o j c"]
+    pointer_frames: Float[Array, " j"]  # signed distance in time over the largest there can be
+    key_mask: tuple[Bool[Array, " k"], Bool[Array, " j"]] | None
+
+
+def empty(
+    memory_shape: tuple[int, int, int, int],
+    pointer_channels: int,
+    num_frames: int,
+    max_cond: int,
+    dtype,
+) -> Bank:
+    """A bank for clips of `num_frames` with at most `max_cond` conditioning frames.
+
+    `memory_shape` is (videos, objects, tokens, channels) of one frame's memory.
+    """
+
+    def slots(window: int, *rest: int) -> Slots:
+        size = min(num_frames, window + max_cond)
+        b, o = memory_shape[:2]
+        return Slots(
+            values=jnp.zeros((b, o, size, *rest), dtype),
+            frame=jnp.zeros(size, jnp.int32),
+            is_cond=jnp.zeros(size, bool),
+            count=jnp.zeros((), jnp.int32),
+        )
+
+    return Bank(
+        memory=slots(WINDOW, *memory_shape[2:]),
+        pointers=slots(POINTER_WINDOW, pointer_channels),
+        max_distance=jnp.asarray(min(num_frames, POINTER_WINDOW + 1) - 1, jnp.int32),
+    )
+
+
+def write(
+    bank: Bank,
+    frame: Int[Array, ""],
+    is_cond: Bool[Array, ""],
+    memory: Float[Array, "b o n d"],
+    pointer: Float[Array, "b o c"],
+) -> Bank:
+    """Remember a visited frame."""
+    return bank._replace(
+        memory=_put(bank.memory, frame, is_cond, memory, WINDOW),
+        pointers=_put(bank.pointers, frame, is_cond, pointer, POINTER_WINDOW),
+    )
+
+
+def _put(slots: Slots, frame, is_cond, value, window: int) -> Slots:
+    used = jnp.arange(slots.frame.shape[0]) < slots.count
+    # The next frame looks back to frame + 1 - window
+    expired = used & ~slots.is_cond & (slots.frame <= frame - window)
+    oldest = jnp.argmin(jnp.where(expired, slots.frame, jnp.iinfo(jnp.int32).max))
+    at = jnp.where(expired.any(), oldest, slots.count)
+    return Slots(
+        values=jax.lax.dynamic_update_index_in_dim(
+            slots.values, value.astype(slots.values.dtype), at, axis=2
+        ),
+        frame=slots.frame.at[at].set(frame),
+        is_cond=slots.is_cond.at[at].set(is_cond),
+        count=slots.count + ~expired.any(),
+    )
+
+
+def read(bank: Bank, frame: Int[Array, ""], count: int, num_frames: int) -> Context:
+    """What `frame` attends to while `count` memories exist (a static number, at least 1).
+
+    Clips of at most eight frames never outgrow the window: everything visited is in sight, and
+    no mask is needed. In longer ones an entry may linger out of sight until it is replaced.
+    """
+    always_full = num_frames - 1 <= WINDOW + 1
+    num_pointers = min(num_frames - 1, bank.pointers.frame.shape[0])
+    if always_full or count <= WINDOW:
+        num_pointers = min(count, num_pointers)
+    memory, memory_mask = _take(bank.memory, frame, count, WINDOW)
+    pointers, pointer_mask = _take(bank.pointers, frame, num_pointers, POINTER_WINDOW)
+    distance = frame - memory.frame
+    # Row 6 is shared by all conditioning frames; row 0 is the frame just before, row 5 the oldest
+    rows = jnp.where(memory.is_cond, WINDOW, jnp.clip(distance - 1, 0, WINDOW - 1))
+    return Context(
+        memory=memory.values,
+        frames=rows,
+        pointers=pointers.values,
+        pointer_frames=(frame - pointers.frame) / bank.max_distance,
+        key_mask=None if always_full else (memory_mask, pointer_mask),
+    )
+
+
+def _take(slots: Slots, frame, count: int, window: int) -> tuple[Slots, Bool[Array, " k"]]:
+    """The first `count` slots and which of them `frame` may see."""
+    first = Slots(
+        slots.values[:, :, :count], slots.frame[:count], slots.is_cond[:count], slots.count
+    )
+    near = (first.frame < frame) & (first.frame >= frame - window)
+    return first, (first.is_cond | near) & (jnp.arange(count) < slots.count)

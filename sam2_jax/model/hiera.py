@@ -1,0 +1,166 @@
+"""Hiera, the hierarchical vision transformer that is SAM 2's trunk.
+
+Source: Hiera (arXiv 2306.00989), windowed position embedding (arXiv 2311.05613),
+facebookresearch/sam2@2b90b9f backbones/hieradet.py.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from sam2_jax.model import layers
+from sam2_jax.model.attention import attention
+from sam2_jax.model.position import bicubic_matrix
+from sam2_jax.model.variants import Variant
+from sam2_jax.types import Array
+
+
+def max_pool2(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """2 x 2 max pooling with stride 2; an odd last row or column is dropped, as in torch.
+
+    A reduction, not a window: the gradient of XLA's pooling is 17 times slower on a CPU.
+    """
+    n, h, w, c = x.shape
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def to_windows(x: Float[Array, "n h w c"], size: int) -> Float[Array, "m size size c"]:
+    """Cut into windows of `size` x `size` tokens, padded with zeros at the bottom and right.
+
+    Padded tokens are not masked: they are keys like any other, as in the reference.
+    """
+    n, h, w, c = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -h % size), (0, -w % size), (0, 0)))
+    rows, cols = x.shape[1] // size, x.shape[2] // size
+    x = x.reshape(n, rows, size, cols, size, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, size, size, c)
+
+
+def from_windows(
+    x: Float[Array, "m size size c"], height: int, width: int
+) -> Float[Array, "n h w c"]:
+    """Put windows back together and cut the padding off."""
+    size, c = x.shape[1], x.shape[-1]
+    rows, cols = -(-height // size), -(-width // size)
+    x = x.reshape(-1, rows, cols, size, size, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, rows * size, cols * size, c)[:, :height, :width]
+
+
+class PatchEmbed(nn.Module):
+    """7 x 7 convolution with stride 4 and padding 3.
+
+    Written as four products over 4 x 4 blocks (the kernel padded to 8 x 8): on a CPU a tenth of
+    the time of XLA's convolution, and on accelerators three input channels fill no tile either.
+    """
+
+    dim: int
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n i j c"]:
+        kernel = self.param("kernel", layers.torch_uniform, (7, 7, 3, self.dim))
+        bias = self.param("bias", nn.initializers.zeros, (self.dim,))
+        n, h, w, c = images.shape
+        rows, cols = h // 4, w // 4
+        x = jnp.pad(images, ((0, 0), (3, 5), (3, 5), (0, 0)))
+        x = x.reshape(n, rows + 2, 4, cols + 2, 4, c).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(n, rows + 2, cols + 2, 16 * c)
+        k = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0))).reshape(2, 4, 2, 4, c, self.dim)
+        k = k.transpose(0, 2, 1, 3, 4, 5).reshape(2, 2, 16 * c, self.dim)
+        corners = [(0, 0), (0, 1), (1, 0), (1, 1)]
+        return sum((x[:, i : i + rows, j : j + cols] @ k[i, j] for i, j in corners), bias)
+
+
+class MultiScaleAttention(nn.Module):
+    """Self-attention inside each window; queries are pooled where a stage begins."""
+
+    dim_out: int
+    num_heads: int
+    pool: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "m h w c"]) -> Float[Array, "m h2 w2 d"]:
+        q, k, v = jnp.split(layers.dense(3 * self.dim_out, "qkv")(x), 3, axis=-1)
+        if self.pool:
+            q = max_pool2(q)
+
+        def heads(y):
+            return y.reshape(y.shape[0], y.shape[1] * y.shape[2], self.num_heads, -1)
+
+        out, _ = attention(heads(q), heads(k), heads(v))
+        return layers.dense(self.dim_out, "proj")(out.reshape(q.shape))
+
+
+class MultiScaleBlock(nn.Module):
+    """Window attention and MLP; where `dim_out` differs a projected, pooled skip connection."""
+
+    dim_out: int
+    num_heads: int
+    window: int  # 0: attends to the whole image
+    pool: bool
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], deterministic: bool) -> Float[Array, "n i j d"]:
+        # One draw per image and branch, scaled by 1 / keep: stochastic depth
+        drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3), deterministic=deterministic)
+        shortcut = x
+        x = layers.layer_norm(1e-6, "norm1")(x)
+        if self.dim_out != x.shape[-1]:
+            shortcut = layers.dense(self.dim_out, "proj")(x)
+            shortcut = max_pool2(shortcut) if self.pool else shortcut
+        attend = MultiScaleAttention(self.dim_out, self.num_heads, self.pool, name="attn")
+        if self.window:
+            # The first block of a stage still has the window of the stage before; pooled
+            # queries leave half of it.
+            x = from_windows(attend(to_windows(x, self.window)), *shortcut.shape[1:3])
+        else:
+            x = attend(x)
+        x = shortcut + drop(x)
+        hidden = layers.layer_norm(1e-6, "norm2")(x)
+        mlp = layers.Mlp(4 * self.dim_out, self.dim_out, 2, use_gelu=True, name="mlp")
+        return x + drop(mlp(hidden))
+
+
+class Hiera(nn.Module):
+    """Images to features at strides 4, 8, 16 and 32."""
+
+    variant: Variant
+    drop_path: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "n h w 3"], deterministic: bool
+    ) -> list[Float[Array, "n _ _ _"]]:
+        v = self.variant
+        x = PatchEmbed(v.embed_dim, name="patch_embed")(images)
+        x = x + self._position(x.shape[1], x.shape[2])
+        rates = np.linspace(0.0, self.drop_path, sum(v.stages))
+        outputs, index = [], 0
+        for stage, depth in enumerate(v.stages):
+            for within in range(depth):
+                first = stage > 0 and within == 0
+                window = v.window_spec[stage - 1] if first else v.window_spec[stage]
+                x = MultiScaleBlock(
+                    dim_out=v.embed_dim * 2**stage,
+                    num_heads=v.num_heads * 2**stage,
+                    window=0 if index in v.global_blocks else window,
+                    pool=first,
+                    drop_path=float(rates[index]),
+                    name=f"blocks_{index}",
+                )(x, deterministic)
+                index += 1
+            outputs.append(x)
+        return outputs
+
+    def _position(self, height: int, width: int) -> Float[Array, "h w c"]:
+        """A coarse grid stretched over the image plus a window-sized one repeated over it."""
+        v = self.variant
+        zeros = nn.initializers.zeros
+        side = v.window_spec[0]
+        coarse = self.param("pos_embed", zeros, (v.background, v.background, v.embed_dim))
+        tile = self.param("pos_embed_window", zeros, (side, side, v.embed_dim))
+        rows = bicubic_matrix(height, v.background).astype(coarse.dtype)
+        cols = bicubic_matrix(width, v.background).astype(coarse.dtype)
+        stretched = jnp.einsum("hi,wj,ijc->hwc", rows, cols, coarse)
+        return stretched + jnp.tile(tile, (height // side, width // side, 1))

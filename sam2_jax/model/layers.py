@@ -1,0 +1,157 @@
+"""Small layers that the parts of SAM 2 share.
+
+Source: facebookresearch/sam2@2b90b9f sam2_utils.py. Initialisation is torch's default (uniform,
+variance 1 / (3 fan_in)) with zero biases.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from sam2_jax.types import Array
+
+torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+SAME3 = ((1, 1), (1, 1))  # torch's padding=1; XLA's "SAME" pads strided convolutions otherwise
+
+
+def dense(features: int, name: str | None = None, use_bias: bool = True) -> nn.Dense:
+    """torch.nn.Linear."""
+    return nn.Dense(features, use_bias=use_bias, kernel_init=torch_uniform, name=name)
+
+
+def conv(
+    features: int, kernel: int, stride: int = 1, padding="VALID", name: str | None = None
+) -> nn.Conv:
+    """torch.nn.Conv2d on channels-last arrays."""
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        padding,
+        kernel_init=torch_uniform,
+        name=name,
+    )
+
+
+def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
+    """torch.nn.LayerNorm; statistics in float32, two passes as torch."""
+    return nn.LayerNorm(epsilon, use_fast_variance=False, name=name)
+
+
+def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Exact GELU: Flax's default is the tanh approximation, JAX's exact one a slower erfc."""
+    return x * (0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5)))
+
+
+class LayerNorm2d(nn.Module):
+    """Normalises every pixel over its channels. Its leaves are `weight` and `bias`.
+
+    The names tell it from nn.LayerNorm (`scale`), which the reference exempts from weight decay
+    while this one decays.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+        weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)
+        return y.astype(x.dtype) * weight + bias
+
+
+class Upsample2(nn.Module):
+    """torch.nn.ConvTranspose2d with kernel 2 and stride 2: every pixel becomes 2 x 2."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 d"]:
+        # torch's fan-in of a transposed convolution counts the output channels
+        init = nn.initializers.variance_scaling(
+            1.0 / 3.0, "fan_in", "uniform", in_axis=(1, 2, 3), out_axis=0
+        )
+        n, h, w, c = x.shape
+        kernel = self.param("kernel", init, (c, 2, 2, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = jnp.einsum("nhwc,cijd->nhiwjd", x, kernel)
+        return y.reshape(n, 2 * h, 2 * w, self.features) + bias
+
+
+class Mlp(nn.Module):
+    """Dense layers with an activation between them; optionally a sigmoid at the end."""
+
+    hidden: int
+    out: int
+    depth: int
+    use_gelu: bool = False
+    use_sigmoid: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n d"]:
+        for i in range(self.depth - 1):
+            x = dense(self.hidden, f"layers_{i}")(x)
+            x = gelu(x) if self.use_gelu else jax.nn.relu(x)
+        x = dense(self.out, f"layers_{self.depth - 1}")(x)
+        return jax.nn.sigmoid(x) if self.use_sigmoid else x
+
+
+def _depthwise_shifts(x: Float[Array, "n h w c"], kernel: Float[Array, "k k 1 c"]) -> jax.Array:
+    """Depthwise convolution as a sum of shifted products, which XLA's CPU backend vectorises."""
+    size = kernel.shape[0]
+    pad = size // 2
+    h, w = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return sum(
+        padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(size) for j in range(size)
+    )  # pyright: ignore[reportReturnType]
+
+
+@jax.custom_vjp
+def _depthwise_cpu(x, kernel):
+    return _depthwise_shifts(x, kernel)
+
+
+def _depthwise_cpu_forward(x, kernel):
+    return _depthwise_shifts(x, kernel), (x, kernel)
+
+
+def _depthwise_cpu_backward(saved, grad):
+    x, kernel = saved
+    size = kernel.shape[0]
+    pad = size // 2
+    h, w = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def row(i):  # a loop over rows: all taps at once take three times as long to compile
+        band = jax.lax.dynamic_slice_in_dim(padded, i, h, 1)
+        return jnp.stack([(band[:, :, j : j + w] * grad).sum((0, 1, 2)) for j in range(size)])
+
+    taps = jax.lax.map(row, jnp.arange(size))
+    return _depthwise_shifts(grad, kernel[::-1, ::-1]), taps.reshape(kernel.shape)
+
+
+_depthwise_cpu.defvjp(_depthwise_cpu_forward, _depthwise_cpu_backward)
+
+
+def depthwise_conv(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "k k 1 c"]
+) -> Float[Array, "n h w c"]:
+    """Depthwise convolution of odd size with zero padding that keeps the shape.
+
+    XLA's own is about a hundred times slower than torch's on a CPU, so there (and only there) it
+    is a sum of shifted products.
+    """
+
+    def default(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1],
+        )
+
+    return jax.lax.platform_dependent(x, kernel, cpu=_depthwise_cpu, default=default)

@@ -1,0 +1,227 @@
+"""Pictures of a run: `overlay.png`, predicted and true outlines, and `loss.png`, its curves.
+
+Drawn with matplotlib's object interface on Agg (no pyplot, so no global state and no display), and
+written to a temporary file that replaces the old one, so that a reader never meets half a picture.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+Image = UInt8[np.ndarray, "h w 3"]
+Labels = UInt8[np.ndarray, "h w"]
+
+# Bright, told apart by the colour-blind, none near white: that is the truth's.
+COLOURS = ((255, 149, 0), (64, 196, 255), (255, 64, 160), (140, 230, 40), (178, 120, 255),
+           (255, 226, 0), (0, 214, 160), (255, 84, 64))  # fmt: skip
+TILE_WIDTH = 400  # pixels of one frame on the sheet
+FILL = 0.3  # opacity of a predicted mask's inside
+DPI = 100
+
+
+class View(NamedTuple):
+    """One evaluated frame, as handed to whoever watches an evaluation."""
+
+    clip: str
+    clip_index: int  # in the source
+    frame: int  # in the video
+    place: int  # in the evaluated part of the video: 0 is the frame whose masks were given
+    num_frames: int  # of the evaluated part
+    image: Image
+    predicted: Labels  # object ids, 0 background
+    true: Labels
+
+
+class Sheet:
+    """Keeps what an overlay sheet shows of an evaluation: the first clips, frames evenly spaced."""
+
+    def __init__(self, rows: int = 6, columns: int = 5):
+        self.rows: dict[str, list[View]] = {}
+        self._limits = rows, columns
+
+    def watch(self, view: View) -> None:
+        """Keeps the frame if the sheet shows it."""
+        rows, columns = self._limits
+        if view.clip not in self.rows and len(self.rows) == rows:
+            return
+        if view.place in np.linspace(0, view.num_frames - 1, columns).round().astype(int):
+            # Copies: these are windows on a chunk of frames that would otherwise stay in memory.
+            kept = view._replace(image=view.image.copy(), true=view.true.copy())
+            self.rows.setdefault(view.clip, []).append(kept)
+
+
+def overlay_sheet(
+    rows: Mapping[str, Sequence[View]], scores: Mapping[str, float], path: str | Path, title: str
+) -> None:
+    """Draws clips as rows and frames as columns; `scores` is J&F by clip, shown beside its name."""
+    columns = max(len(views) for views in rows.values())
+    heights = [v[0].image.shape[0] / v[0].image.shape[1] * TILE_WIDTH for v in rows.values()]
+    gap, head, label, foot = 6, 44, 26, 40
+    width = columns * (TILE_WIDTH + gap) + gap
+    height = head + sum(h + label + gap for h in heights) + foot
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    figure.text(gap / width, 1 - head / 2 / height, title, size=15, weight="bold", va="center")
+    y = height - head
+    for (name, views), tile_height in zip(rows.items(), heights, strict=True):
+        score = f"   J&F {scores[name]:.3f}" if name in scores else "   not scored"
+        figure.text(gap / width, (y - label / 2) / height, name + score, size=12, va="center")
+        y -= label + tile_height
+        for column, view in enumerate(views):
+            x = gap + column * (TILE_WIDTH + gap)
+            box = (x / width, y / height, TILE_WIDTH / width, tile_height / height)
+            axes = figure.add_axes(box)
+            axes.imshow(_tile(view, round(tile_height)), interpolation="antialiased", aspect="auto")
+            axes.set_axis_off()
+            given = " (given)" if view.place == 0 else ""
+            axes.text(0.012, 0.97, f"frame {view.frame}{given}", color="white", size=10, va="top",
+                      transform=axes.transAxes,
+                      bbox={"facecolor": "black", "alpha": 0.55, "pad": 2.5, "lw": 0})  # fmt: skip
+        y -= gap
+    ids = sorted({int(k) for v in rows.values() for x in v for k in np.unique(x.predicted) if k})
+    handles = [
+        Patch(facecolor=(_hex(k), FILL), edgecolor=_hex(k), lw=2, label=f"predicted: object {k}")
+        for k in ids
+    ]
+    true = Line2D([], [], color="white", lw=2, ls=(0, (3, 2)), label="true outline")
+    figure.legend(
+        handles=[*handles, true], loc="lower left", ncols=min(len(ids) + 1, columns * 2),
+        facecolor="0.35", labelcolor="white", fontsize=10, borderaxespad=0.3,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def loss_curves(metrics_jsonl: str | Path, out_png: str | Path) -> None:
+    """Draws the loss and its terms, evaluation beside the static baseline, and learning rates.
+
+    Reads the rows of a run's metrics.jsonl; a last row cut short by a kill is left out.
+    """
+    rows = _read(metrics_jsonl)
+    figure = Figure(figsize=(12, 8), dpi=DPI, layout="constrained")
+    loss, terms, quality, rates = figure.subplots(2, 2).flat
+    _curves(loss, rows, ["loss"], "loss", smooth=True)
+    names = [k for k in _keys(rows) if k.startswith("loss_")]
+    _curves(terms, rows, names, "terms of the loss, unweighted", smooth=True)
+    _curves(quality, rows, ["eval/J&F", "eval/J", "eval/F"], "evaluation", marker="o")
+    static = _series(rows, "eval/static J&F")
+    if len(static[0]):
+        quality.plot(*static, ls=":", color="0.3", label="static first-frame mask, J&F")
+    quality.set_ylim(0, 1)
+    names = [k for k in _keys(rows) if k.startswith(("learning_rate", "lr"))]
+    _curves(rates, rows, names, "learning rate")
+    last = max((row["step"] for row in rows), default=0)
+    for axes in (loss, terms, quality, rates):
+        axes.set_xlim(0, 1.02 * last or 1)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=9)
+    _save(figure, out_png)
+
+
+def _tile(view: View, height: int) -> Image:
+    """One frame at twice the sheet's size (outlines drawn large are smooth once reduced)."""
+    size = 2 * TILE_WIDTH, 2 * height
+    image = cv2.resize(view.image, size, interpolation=cv2.INTER_CUBIC)
+    for k in np.unique(view.predicted[view.predicted > 0]):
+        mask, colour = _enlarge(view.predicted == k, size), _colour(int(k))
+        image[mask] = (1 - FILL) * image[mask] + FILL * np.array(colour)
+        outlines = _outlines(mask)
+        cv2.polylines(image, outlines, True, (0, 0, 0), 7, cv2.LINE_AA)
+        cv2.polylines(image, outlines, True, colour, 5, cv2.LINE_AA)
+    for k in np.unique(view.true[view.true > 0]):
+        for outline in _outlines(_enlarge(view.true == k, size)):
+            # Dashes of 14 points, gaps of 10; points of a contour are one pixel apart.
+            dashes = [outline[i : i + 14] for i in range(0, len(outline), 24)]
+            cv2.polylines(image, dashes, False, (0, 0, 0), 5, cv2.LINE_AA)
+            cv2.polylines(image, dashes, False, (255, 255, 255), 3, cv2.LINE_AA)
+    return image
+
+
+def _enlarge(mask: Bool[np.ndarray, "h w"], size: tuple[int, int]) -> Bool[np.ndarray, "h2 w2"]:
+    return cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR) > 0.5
+
+
+def _outlines(mask: Bool[np.ndarray, "h w"]) -> Sequence[np.ndarray]:
+    return cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
+
+
+def _colour(k: int) -> tuple[int, int, int]:
+    return COLOURS[(k - 1) % len(COLOURS)]
+
+
+def _hex(k: int) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*_colour(k))
+
+
+def _curves(
+    axes: Any,
+    rows: list[dict[str, Any]],
+    names: list[str],
+    title: str,
+    smooth: bool = False,
+    marker: str = "",
+) -> None:
+    """Plots the named series, logarithmic where they span more than a factor of 10."""
+    axes.set_title(title, fontsize=11)
+    low, high = np.inf, 0.0
+    for i, name in enumerate(names):
+        steps, values = _series(rows, name)
+        if not len(steps):
+            continue
+        colour = f"C{i}"
+        if smooth and len(steps) >= 20:
+            axes.plot(steps, values, color=colour, alpha=0.25, lw=0.8)
+            values = _smooth(values)
+        axes.plot(steps, values, color=colour, lw=1.6, marker=marker, ms=4, label=name)
+        low, high = min(low, values.min()), max(high, values.max())
+    if not marker and 0 < 10 * low < high:
+        axes.set_yscale("log")
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a twentieth of the run, shorter at both ends."""
+    half = max(1, len(values) // 40)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(index, index[::-1]))
+    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+
+
+def _read(path: str | Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _keys(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(k for row in rows for k in row))
+
+
+def _series(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one metric, in order of step."""
+    found = {r["step"]: r[name] for r in rows if r.get(name) is not None and np.isfinite(r[name])}
+    steps = sorted(found)
+    return np.array(steps), np.array([found[s] for s in steps], float)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    FigureCanvasAgg(figure).print_png(part)
+    os.replace(part, path)

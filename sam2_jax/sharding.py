@@ -1,0 +1,105 @@
+"""The device mesh, and where every array of a run lies on it.
+
+Decided once, from shapes alone, outside the model: batches are split over the axes `data` and
+`fsdp`, the state (parameters and optimizer moments alike) over `fsdp`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sam2_jax.types import UserError
+
+AXES = ("data", "fsdp", "model")
+# A smaller array costs more to gather than to keep on every device.
+MIN_SHARDED_ELEMENTS = 2**14
+
+
+def mesh_shape(data: int, fsdp: int, model: int, devices: int) -> tuple[int, int, int]:
+    """Axis sizes with -1 (at most one) replaced by what is left of `devices`.
+
+    Raises `UserError` if the axes do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "model": model}
+    keys = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"{keys}: each must be at least 1; one may be -1 (what is left)")
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if devices % known or (not open_axes and devices != known):
+        raise UserError(
+            f"{keys} does not fit {devices} device{'s' * (devices != 1)}: the product must "
+            f"{'divide' if open_axes else 'equal'} that number; set mesh.data=-1 for what is left"
+        )
+    for name in open_axes:
+        sizes[name] = devices // known
+    return sizes["data"], sizes["fsdp"], sizes["model"]
+
+
+def make_mesh(data: int, fsdp: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh over `devices` (all of the run by default); errors as in `mesh_shape`."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(data, fsdp, model, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, processes: int = 1) -> None:
+    """Raises `UserError` unless the mesh, and the processes that load, divide the batch."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % shards or batch_size % processes:
+        raise UserError(
+            f"data.batch_size={batch_size} must be a multiple of mesh.data * mesh.fsdp = "
+            f"{mesh.shape['data']} * {mesh.shape['fsdp']}"
+            + (f" and of the {processes} processes" if processes > 1 else "")
+            + f"; take {max(shards, processes)} or a multiple of it, or fewer devices"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis (videos) split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def leaf_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """Splits the largest axis that `fsdp` divides, the first of several; else replicates."""
+    if fsdp == 1 or np.prod(shape) < MIN_SHARDED_ELEMENTS:
+        return PartitionSpec()
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if not divisible:
+        return PartitionSpec()
+    chosen = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*("fsdp" if axis == chosen else None for axis in range(chosen + 1)))
+
+
+def tree_shardings(shapes: Any, mesh: Mesh) -> Any:
+    """`NamedSharding` of each leaf of a tree of arrays or shapes (`jax.eval_shape`).
+
+    One function for parameters and optimizer state: moments lie where their parameter lies.
+    """
+    fsdp = mesh.shape["fsdp"]
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf_spec(leaf.shape, fsdp)), shapes)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes that carry shardings, as restoring a checkpoint wants them."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Global arrays from this process's share of a batch of numpy arrays."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda local: jax.make_array_from_process_local_data(sharding, local), batch
+    )

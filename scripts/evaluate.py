@@ -1,0 +1,149 @@
+"""Scores a checkpoint on annotated video: tracks the first frame's masks to the end of each clip.
+
+  python scripts/evaluate.py --checkpoint=runs/davis-tiny --data_root=DAVIS --output=predictions
+
+CHECKPOINT is a workdir (its last step) or one step, workdir/checkpoints/N; config.json of the
+workdir says which model it is. DATA_ROOT has the DAVIS layout (its val list is used) or is a flat
+folder with JPEGImages/ and Annotations/. OUTPUT gets CLIP/FRAME.png, palette images with the ids
+of the ground truth, overlay.png, and results.json: J, F and J&F (fractions; the first and the last
+frame are not scored) over all objects and for each, beside those of the repeated first mask.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from typing import NoReturn
+
+import jax
+import numpy as np
+from PIL import Image
+
+from sam2_jax import checkpoint, evaluate, metrics, plots
+from sam2_jax.config import fail
+from sam2_jax.data.folders import EVAL, FolderSource, open_folder
+from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
+from sam2_jax.track import make_tracker
+from sam2_jax.types import UserError
+
+CACHE = pathlib.Path.home() / ".cache" / "sam2_jax"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as every other error of the user's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def load(path: pathlib.Path) -> tuple[Sam2, dict]:
+    """The model that a checkpoint belongs to, and its parameters (float32)."""
+    try:
+        folder = checkpoint.find_params(path)
+    except UserError as e:  # worded for training
+        raise UserError(str(e).replace("checkpoint.init_from", "--checkpoint")) from e
+    where = next((p for p in folder.resolve().parents if (p / checkpoint.CONFIG).is_file()), None)
+    if where is None:
+        raise UserError(
+            f"--checkpoint={path}: no {checkpoint.CONFIG} beside or above it says which model it "
+            "is; give a workdir of scripts/train.py, or one of its checkpoints/N"
+        )
+    try:
+        m = json.loads((where / checkpoint.CONFIG).read_text())["model"]
+        model = make_sam2(m["variant"], m["resolution"], version=m["version"])
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(
+            f"{where / checkpoint.CONFIG} describes no model ({e!r}): expected model.variant, "
+            "model.resolution and model.version, as scripts/train.py writes them"
+        ) from e
+    like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+    return model, checkpoint.load_init(folder, like)
+
+
+class Writer:
+    """Writes every predicted frame as a palette image, named after the true mask's file."""
+
+    def __init__(self, source: FolderSource, output: pathlib.Path):
+        self._source, self._output = source, output
+
+    def __call__(self, view: plots.View) -> None:
+        # An evaluator wants every frame: before the first annotated one nothing is predicted.
+        for frame in range(view.frame) if view.place == 0 else ():
+            self._write(view, frame, np.zeros_like(view.predicted))
+        self._write(view, view.frame, view.predicted)
+
+    def _write(self, view: plots.View, frame: int, labels: np.ndarray) -> None:
+        folder = self._output / view.clip
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(labels)
+        image.putpalette(palette())
+        image.save(folder / f"{self._source.stem(view.clip_index, frame)}.png")
+
+
+def palette() -> list[int]:
+    """DAVIS's colours: bit b of an index's three lowest bits sets bit 7 - b of R, G and B."""
+    index = np.arange(256)
+    colours = np.zeros((256, 3), int)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
+    return colours.reshape(-1).tolist()
+
+
+def scores(results: metrics.Results) -> dict[str, float]:
+    """The three figures, fractions."""
+    return {"J&F": results.jf, "J": results.j, "F": results.f}
+
+
+def report(results: metrics.Results) -> dict:
+    """What results.json holds."""
+    objects: dict[str, dict[str, dict]] = {}
+    for row in results.objects:
+        one = metrics.Results((row,))
+        entry = scores(one) | {"static": scores(one.static)}
+        objects.setdefault(row.clip, {})[str(row.object_id)] = entry
+    return scores(results) | {"static": scores(results.static), "objects": objects}
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates as the flags say."""
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
+    parser.add_argument("--data_root", required=True)
+    parser.add_argument("--output", type=pathlib.Path, required=True)
+    args = parser.parse_args(argv)
+    source = open_folder(args.data_root, EVAL, key="--data_root")
+    model, params = load(args.checkpoint)
+    args.output.mkdir(parents=True, exist_ok=True)
+    sheet, write = plots.Sheet(), Writer(source, args.output)
+
+    def watch(view: plots.View) -> None:
+        sheet.watch(view)
+        write(view)
+
+    predict = evaluate.tracker_predictor(make_tracker(model), params, model.resolution)
+    results = evaluate.evaluate(predict, source, watch=watch, progress=True)
+    part = args.output / "results.json.tmp"
+    part.write_text(json.dumps(report(results), indent=2) + "\n")
+    os.replace(part, args.output / "results.json")
+    by_clip = {name: clip.jf for name, clip in results.clips.items()}
+    title = f"{args.checkpoint}: J&F {results.jf:.3f}, static mask {results.static.jf:.3f}"
+    plots.overlay_sheet(sheet.rows, by_clip, args.output / "overlay.png", title=title)
+    for name, clip in results.clips.items():
+        print(f"{name}: {clip}")
+    print(f"all: {results}")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(fail(error))

@@ -1,0 +1,221 @@
+"""Trains SAM 2.1 on video; started again with the same --workdir it goes on from its checkpoint.
+
+  python scripts/train.py --config=configs/smoke.py
+  python scripts/train.py --config=configs/davis.py:tiny --config.data.root=DAVIS --workdir=runs/a
+  python scripts/train.py --config=configs/davis.py:nano --config.train.steps=500
+
+VARIANT after the colon: nano (for a CPU), tiny, small, base_plus or large. Any key of
+configs/default.py can be set as --config.a.b=value. The workdir gets config.json, metrics.jsonl,
+overlay.png, loss.png, tensorboard/ and checkpoints/.
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for `import configs`
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from sam2_jax import checkpoint, evaluate, loop, optim, plots, sharding, train
+from sam2_jax import config as config_lib
+from sam2_jax.data import pipeline, sources
+from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
+from sam2_jax.types import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run lives; empty: runs/CONFIG-VARIANT.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", "", "HOST:PORT of process 0; SLURM, Open MPI and TPUs need no flags."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of this run.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+CACHE = pathlib.Path.home() / ".cache" / "sam2_jax"
+WEIGHTS = "https://github.com/facebookresearch/sam2#model-description"
+# Set by launchers that JAX recognises by itself, to the number of processes.
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def connect() -> None:
+    """Joins the other processes of the run, if it has any."""
+    if _COORDINATOR.value:
+        if _PROCESSES.value is None or _PROCESS.value is None:
+            raise UserError("--coordinator_address needs --num_processes and --process_id too")
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    elif _PROCESSES.value is not None or _PROCESS.value is not None:
+        raise UserError("--num_processes and --process_id need --coordinator_address=HOST:PORT")
+    elif any(int(os.environ.get(name) or 1) > 1 for name in LAUNCHERS) or "," in os.environ.get(
+        "TPU_WORKER_HOSTNAMES", ""
+    ):
+        jax.distributed.initialize()
+
+
+def say(text: str) -> None:
+    """Prints on process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def table(rows: list[tuple[str, str]]) -> None:
+    """Prints two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        say(f"  {name:<{width}}  {value}")
+
+
+class Run(NamedTuple):
+    """What a config becomes, before anything is compiled or written."""
+
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    model: Sam2
+    optimizer: optim.Optimizer
+    like: train.State  # shapes with shardings
+    train_source: sources.VideoSource
+    eval_source: sources.VideoSource
+    latest: int | None  # step to go on from
+
+
+def prepare(config: Any) -> Run:
+    """Checks everything that can be checked; raises `UserError` for what cannot work."""
+    workdir = pathlib.Path(
+        _WORKDIR.value
+        or config_lib.default_workdir(
+            config_flags.get_config_filename(flags.FLAGS["config"]), config
+        )
+    )
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
+    sharding.check_batch_size(config.data.batch_size, mesh, jax.process_count())
+    m = config.model
+    model = make_sam2(
+        m.variant, m.resolution, m.version, m.attention_dropout, m.dropout, m.drop_path
+    )
+    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    optimizer = optim.make_optimizer(train.make_optim_settings(config), shapes, m.version)
+    state = jax.eval_shape(functools.partial(train.init_state, tx=optimizer.tx), shapes)
+    latest = checkpoint.latest_step(workdir)
+    if latest is not None:
+        checkpoint.check_same_model(workdir, config.to_dict())
+    elif config.checkpoint.init_from:
+        checkpoint.find_params(pathlib.Path(config.checkpoint.init_from))
+    return Run(
+        workdir,
+        mesh,
+        model,
+        optimizer,
+        sharding.with_shardings(state, train.state_shardings(state, mesh)),
+        pipeline.make_train_source(config),
+        pipeline.make_eval_source(config),
+        latest,
+    )
+
+
+def start(config: Any, run: Run, batches: Any) -> tuple[train.State, str]:
+    """(state, where it comes from): a checkpoint of the workdir, other weights, or chance."""
+    like = run.like
+    if run.latest is not None:
+        for change in checkpoint.changed_keys(run.workdir, config_lib.flat_keys(config)):
+            say(f"note: changed since the last start: {change}")
+        rest = {"step": like.step, "moments": like.opt_state}
+        params, rest = checkpoint.restore(run.workdir, run.latest, like.params, rest, batches)
+        origin = f"checkpoint of step {run.latest}"
+        return train.State(rest["step"], params, rest["moments"]), origin
+    layout = train.state_shardings(like, run.mesh)
+    if config.checkpoint.init_from:
+        origin = config.checkpoint.init_from
+        params = checkpoint.load_init(origin, like.params)
+    else:
+        origin = "random weights"
+        say(
+            f"warning: starting from random weights; official ones are at {WEIGHTS}, to be given "
+            "as --config.checkpoint.init_from=PATH"
+        )
+        init = jax.jit(functools.partial(init_params, run.model), out_shardings=layout.params)
+        params = init(jax.random.key(config.seed))
+    begin = functools.partial(train.init_state, tx=run.optimizer.tx)
+    return jax.jit(begin, out_shardings=layout)(params), origin
+
+
+def introduce(config: Any, run: Run, origin: str) -> None:
+    """Prints the table at start-up."""
+    groups = optim.group_sizes(run.optimizer, run.like.params)
+    total = sum(elements for _, elements in groups.values())
+    say(f"{run.workdir}: {config.model.variant} {config.model.version}")
+    axes = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    batch = f"{config.data.batch_size} videos of up to {config.data.max_objects} objects"
+    precision = f"{config.train.precision}, recomputing: {config.train.remat}"
+    table(
+        [
+            ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind} ({axes})"),
+            ("start", origin),
+            ("input", f"{config.model.resolution} px, {config.data.num_frames} frames"),
+            ("batch", batch),
+            ("precision", precision),
+            ("parameters", f"{total:,}"),
+            *(
+                (f"  {elements:,}", run.optimizer.about[label])
+                for label, (_, elements) in groups.items()
+            ),
+            *((f"training {name}", value) for name, value in sources.describe(run.train_source)),
+            *((f"evaluation {name}", value) for name, value in sources.describe(run.eval_source)),
+        ]
+    )
+
+
+def main(config: Any) -> None:
+    """One run, from whatever the workdir holds to `train.steps`."""
+    connect()
+    run = prepare(config)
+    loader = pipeline.make_train_loader(
+        config, run.train_source, jax.process_index(), jax.process_count()
+    )
+    batches = iter(loader)
+    state, origin = start(config, run, batches)
+    introduce(config, run, origin)
+    if run.latest is not None and run.latest >= config.train.steps:
+        say(f"nothing to do: step {run.latest} of {config.train.steps} is done")
+        return
+    if jax.process_index() == 0:
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        (run.workdir / checkpoint.CONFIG).write_text(config_lib.to_json(config))
+
+    def draw() -> None:
+        if jax.process_index() == 0:
+            plots.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "loss.png")
+
+    def evaluation(params: Any, step: int) -> dict[str, float]:
+        source = run.eval_source
+        return evaluate.evaluate_config(config, run.model, params, source, run.workdir, step)
+
+    step_fn = train.make_config_step(config, run.model, run.optimizer, run.mesh)
+    say("compiling the step, which takes minutes the first time ...")
+    with checkpoint.make_manager(run.workdir, config.checkpoint.keep) as manager:
+
+        def save(step: int, state: train.State) -> None:
+            rest = {"step": state.step, "moments": state.opt_state}
+            checkpoint.save(manager, step, state.params, rest, batches)
+            draw()
+
+        loop.run_loop(
+            state,
+            train.jit_step(step_fn, run.like, run.mesh),
+            batches,
+            jax.random.key(config.seed),
+            loop.make_loop_settings(config),
+            run.mesh,
+            workdir=run.workdir,
+            save=save,
+            evaluate=evaluation,
+        )
+        manager.wait_until_finished()
+    draw()
+    say(f"done: see overlay.png, loss.png and metrics.jsonl in {run.workdir}")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    config_lib.run(main)

@@ -1,0 +1,25 @@
+"""Set-up of all tests: shape checks on every annotated call, four CPU devices, compile cache."""
+
+import os
+import pathlib
+
+# Before JAX starts: tests of sharding want several devices, and a machine may have one core.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jaxtyping import install_import_hook
+
+# Functions of the package check shapes and dtypes of what they are given, as annotated.
+install_import_hook("sam2_jax", "beartype.beartype")
+
+jax.config.update("jax_num_cpu_devices", 4)
+# Most of a test's time is compilation: keep the results, so that a second run is quick.
+_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or pathlib.Path.home() / ".cache/sam2_jax"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_addoption(parser):
+    # Of tests/parity; pytest reads options only from here
+    parser.addoption("--parity-seed", type=int, default=0, help="weights, clips and prompts")
+    parser.addoption("--parity-variant", default="nano", help="model size")

@@ -1,0 +1,168 @@
+"""The whole training forward and backward pass against the reference's SAM2Train."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from sam2_jax import convert, losses, track
+from sam2_jax.types import Batch, PromptPlan
+from tests.parity import reference
+from tests.parity.conftest import RESOLUTION, close
+
+
+def make_plan(t: int, cond=(0,), corrected=(), box=(), points=False, from_truth=()) -> PromptPlan:
+    """A plan from lists of frames; `from_truth` of (frame, correction)."""
+    def marks(frames):
+        return np.isin(np.arange(t), frames)
+
+    truth = np.zeros((t, reference.CORRECTIONS), bool)
+    for at in from_truth:
+        truth[at] = True
+    order = [*sorted(cond), *(i for i in range(t) if i not in cond)]
+    return PromptPlan(
+        order=np.array(order, np.int32),
+        use_points=np.array(points),
+        is_cond=marks(cond),
+        is_box=marks(box),
+        is_corrected=marks(corrected),
+        from_truth=truth,
+    )
+
+
+def make_batch(rng: np.random.Generator, b: int, t: int, o: int, valid=None) -> Batch:
+    """Clips of noise in which rectangles move; the last object is absent in some frames."""
+    side = RESOLUTION
+    masks = np.zeros((b, t, o, side, side), bool)
+    images = rng.integers(0, 256, (b, t, side, side, 3), dtype=np.uint8)
+    for i in np.ndindex(b, o):
+        y, x = rng.integers(4, side // 2, 2)
+        h, w = rng.integers(8, side // 2, 2)
+        dy, dx = rng.integers(-3, 4, 2)
+        for k in range(t):
+            top, left = max(y + k * dy, 0), max(x + k * dx, 0)
+            masks[i[0], k, i[1], top : top + h, left : left + w] = True
+    masks[:, 1::3, -1] = False
+    valid = np.ones((b, o), bool) if valid is None else np.array(valid)
+    masks &= valid[:, None, :, None, None]
+    images[masks.any(2)] //= 2
+    return Batch(images, masks, valid)
+
+
+@pytest.fixture(scope="module")
+def step(make_pair):
+    """Outputs, loss and gradients of ours; traced once per shape of the batch and version."""
+
+    def loss(params, model, batch, plan, prompts):
+        points, labels, boxes = prompts
+
+        def click(key, truth, prediction=None, frame=None, step=None):
+            return points[frame, step], labels[frame, step]
+
+        def box(key, truth, frame):
+            where = boxes[frame]
+            return where, np.broadcast_to(np.array([2, 3]), where.shape[:3])
+
+        out = track.track(
+            model, params, batch, plan, jax.random.key(0), deterministic=True, click=click, box=box
+        )
+        total, terms = losses.total(out, batch.masks.swapaxes(0, 1), batch.valid)
+        return total, (terms, out)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+
+    def call(version, batch, plan, prompts):
+        pair = make_pair(version)
+        (total, (terms, out)), grads = run(pair.params, pair.model, batch, plan, prompts)
+        return jax.device_get((total, terms, out, grads))
+
+    return call
+
+
+PLANS = {
+    "mask1": dict(cond=[0]),
+    "mask2": dict(cond=[0, 2]),
+    "point11": dict(cond=[0], corrected=[0], points=True),
+    "point12": dict(cond=[0], corrected=[0, 2], points=True, from_truth=[(0, 1), (2, 2)]),
+    "point22": dict(cond=[0, 3], corrected=[0, 3], points=True),
+    "box11": dict(cond=[0], corrected=[0], box=[0], points=True),
+}
+CASES = {
+    **{f"4 frames, {name}": ((2, 4, 2), plan) for name, plan in PLANS.items()},
+    "8 frames, mask1": ((1, 8, 2), dict(cond=[0])),
+    "8 frames, mask2": ((1, 8, 2), dict(cond=[0, 5])),
+    "8 frames, point12": ((1, 8, 2), dict(cond=[0], corrected=[0, 4], points=True)),
+    "1 frame": ((1, 1, 2), dict(cond=[0], corrected=[0], points=True)),
+    "12 frames, mask2": ((1, 12, 2), dict(cond=[0, 5])),
+    "12 frames, point12": ((1, 12, 2), dict(cond=[0], corrected=[0, 6], points=True)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_pass(make_pair, step, rng, seed, case):
+    compare(make_pair, step, rng, seed, case, "2.1")
+
+
+def compare(make_pair, step, rng, seed, case, version, valid=None):
+    (b, t, o), frames = CASES[case]
+    plan = make_plan(t, **frames)
+    batch = make_batch(rng, b, t, o, valid)
+    theirs = make_pair(version).reference
+    theirs.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    outputs, expected, prompts = reference.train_forward(
+        theirs, batch.images, batch.masks, batch.valid, plan
+    )
+    expected["core_loss"].backward()
+    total, terms, out, grads = step(version, batch, plan, [scatter(x, batch) for x in prompts])
+
+    for i, frame in enumerate(outputs):
+        compare_frame(jax.tree.map(lambda x, i=i: x[i], out), frame, batch.valid)
+    close("loss", total, expected["core_loss"], 1e-4)
+    for name, value in terms.items():
+        close(f"loss: {name}", value, expected[name], 1e-4)
+    compare_gradients(grads, theirs)
+
+
+def scatter(x: np.ndarray, batch: Batch) -> np.ndarray:
+    """The reference's flat axis of objects into ours of (videos, objects)."""
+    axis = 1 if x.ndim == 4 and x.shape[2:] == (2, 2) else 2
+    full = np.zeros((*x.shape[:axis], *batch.valid.shape, *x.shape[axis + 1 :]), x.dtype)
+    full[(slice(None),) * axis + np.nonzero(batch.valid)] = x
+    return full
+
+
+def compare_frame(out, frame, valid):
+    """Every pass of one frame: masks, IoUs, object scores; then pointer and memory."""
+    steps = frame["multistep_pred_multimasks"]
+    for k, masks in enumerate(steps):
+        ious = frame["multistep_pred_ious"][k]
+        many = masks.shape[1]
+        if not out.from_mask:
+            if k < 2:
+                ours, our_ious = out.multi_masks[k], out.multi_ious[k]
+                assert out.is_multi[k] == (many == 3)
+            else:
+                ours, our_ious = out.single_masks[k - 2, :, :, None], out.single_ious[k - 2, ..., None]
+            close("low-resolution masks", ours[valid][:, :many], masks, 1e-4)
+            close("predicted IoU", our_ious[valid][:, :many], ious, 1e-4)
+        score = frame["multistep_object_score_logits"][k][:, 0]
+        close("object score", out.object_scores[k][valid], score, 1e-4)
+    assert out.is_corrected == (len(steps) > 1)
+    close("final mask", out.mask[valid], frame["pred_masks"][:, 0], 1e-4)
+    close("object pointer", out.pointer[valid], frame["obj_ptr"], 1e-4)
+    memory = frame["maskmem_features"].flatten(2).transpose(1, 2)
+    close("memory", out.memory[valid], memory, 1e-4)
+
+
+def compare_gradients(grads, model):
+    """Of every parameter; what the reference leaves without a gradient must be zero here."""
+    ours = convert.to_reference(grads)
+    theirs = dict(model.named_parameters())
+    largest = max(float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None)
+    for name, value in ours.items():
+        parameter = theirs.get(name)
+        if parameter is None or parameter.grad is None:
+            assert not value.any(), name
+        else:
+            close("gradient", value, parameter.grad, 1e-3, scale=1e-4 * largest)

@@ -1,0 +1,136 @@
+"""Configs build, every key is read by something, and what cannot work is said in one line."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from configs import davis, default, smoke, synthetic
+from sam2_jax import config as config_lib
+from sam2_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODULES = (default, smoke, synthetic, davis)
+SMOKE = str(ROOT / "configs/smoke.py")
+
+
+@pytest.mark.parametrize("variant", ["nano", "tiny", "small", "base_plus", "large"])
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_all_configs_have_the_same_keys_and_pass_the_checks(module, variant):
+    config = module.get_config(variant)
+    assert set(config_lib.flat_keys(config)) == set(config_lib.flat_keys(default.get_config()))
+    config_lib.check(config)
+    assert config.model.variant == variant
+    json.loads(config_lib.to_json(config))
+
+
+def test_every_config_file_is_tested():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert files == {module.__name__.split(".")[-1] for module in MODULES}
+
+
+def test_every_key_is_read():
+    files = [*ROOT.glob("sam2_jax/**/*.py"), *ROOT.glob("scripts/*.py")]
+    code = "".join(path.read_text() for path in files if path.name != "config.py")
+    for key in config_lib.flat_keys(default.get_config()):
+        leaf = key.rsplit(".", 1)[-1]
+        assert re.search(rf"\b{leaf}\b", code), key
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("model.variant", "tinny", "did you mean 'tiny'"),
+        ("model.version", "2.2", "2.1"),
+        ("model.resolution", 100, "multiple of 32: take 96"),
+        ("model.resolution", 16, "take 32"),
+        ("data.source", "foldr", "did you mean 'folder'"),
+        ("train.precision", "float16", "float32, bfloat16"),
+        ("train.remat", "frames", "did you mean 'frame'"),
+        ("train.steps", 0, "train.steps=0 must be at least 1"),
+        ("prompts.prob_box", 1.5, "prompts.prob_box=1.5 must be between 0 and 1"),
+        ("prompts.max_cond_frames", 3, "prompts.max_corrected_frames=2"),
+        ("optim.weight_decay", (0.1,), "(globs, value)"),
+    ],
+)
+def test_values_that_cannot_work_are_named(key, value, words):
+    config = default.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError) as error:
+        config_lib.check(config)
+    assert key in str(error.value)
+    assert words in str(error.value)
+
+
+def test_finish_prefers_a_folder_to_the_downloaded_copy():
+    config = davis.get_config("nano")
+    assert config_lib.finish(config).data.source == "tfds"
+    config = davis.get_config("nano")
+    config.data.root = "somewhere"
+    assert config_lib.finish(config).data.source == "folder"
+
+
+def test_finished_configs_are_locked():
+    config = config_lib.finish(smoke.get_config())
+    with pytest.raises(AttributeError):
+        config.train.stepz = 3
+
+
+def test_unknown_keys_are_named_as_typed():
+    config_lib.check_overrides(SMOKE, ["--config.train.steps=3", "--workdir=x"])
+    with pytest.raises(UserError, match="'train.stepz': did you mean 'train.steps'"):
+        config_lib.check_overrides(SMOKE, ["--config.train.stepz=3"])
+
+
+def test_files_and_variants_are_named():
+    assert config_lib.load_file(SMOKE + ":tiny").model.variant == "tiny"
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        config_lib.load_file(SMOKE + ":tinny")
+    with pytest.raises(UserError, match="no file 'configs/smok.py'"):
+        config_lib.load_file("configs/smok.py")
+
+
+def test_config_comes_first_whatever_the_order():
+    assert config_lib.split_arguments(["--a=1", "--config=x.py", "-b"]) == ("x.py", ["--a=1", "-b"])
+    assert config_lib.split_arguments(["--config", "x.py", "--a"]) == ("x.py", ["--a"])
+    assert config_lib.split_arguments(["--config.a=1"]) == ("", ["--config.a=1"])
+
+
+def test_workdir_is_named_after_config_and_variant():
+    config = davis.get_config()
+    assert config_lib.default_workdir("configs/davis.py", config) == "runs/davis-tiny"
+    assert config_lib.default_workdir("configs/smoke.py:nano", smoke.get_config()) == (
+        "runs/smoke-nano"
+    )
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.train.steps=abc"], "--config.train.steps=abc"),
+        (["--workdr=x"], "'workdr'. Did you mean: workdir"),
+        (["--config.mesh.fsdp=3"], "mesh.fsdp=3"),
+    ],
+)
+def test_the_script_says_it_in_one_line_with_status_2(arguments, words, tmp_path):
+    done = train(f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_helps():
+    done = train("--help")
+    assert done.returncode == 0
+    assert "--config=configs/smoke.py" in done.stdout
+    assert "--coordinator_address" in done.stdout

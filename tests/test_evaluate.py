@@ -1,0 +1,225 @@
+"""Evaluation with trackers whose score is known: perfect, static, shifted, silent."""
+
+import collections
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from sam2_jax import evaluate, track
+from sam2_jax.data.sources import Video
+from sam2_jax.types import UserError
+
+SIZE, RESOLUTION = (96, 128), 64
+
+
+class Squares:
+    """Clips of moving squares, ids 2 and 5, red and green on black."""
+
+    name = "squares"
+
+    def __init__(self, clips: int = 2, num_frames: int = 11, empty_start: int = 0):
+        self.clips, self.num_frames, self.empty_start = clips, num_frames, empty_start
+        self.longest_read = 0
+        self.notes: list[str] = []
+
+    def __len__(self):
+        return self.clips
+
+    def video(self, index):
+        return Video(f"clip{index}", self.num_frames, *SIZE)
+
+    def labels(self, index, frames):
+        out = np.zeros((len(frames), *SIZE), np.uint8)
+        for label, t in zip(out, frames, strict=True):
+            if t >= self.empty_start:
+                label[8 + 2 * t : 40 + 2 * t, 16:48] = 2
+                label[32:64, 64 + 2 * t : 96 + 2 * t] = 5
+        return out
+
+    def read(self, index, frames):
+        self.longest_read = max(self.longest_read, len(frames))
+        labels = self.labels(index, frames)
+        return 255 * np.stack([labels == i for i in (2, 5, 255)], -1).astype(np.uint8), labels
+
+
+class FakeTracker:
+    """Speaks a tracker's protocol; `predict(t, first, truth)` chooses the masks of frame t."""
+
+    def __init__(self, predict, ids=(2, 5)):
+        self.predict, self.ids = predict, ids
+        self.calls, self.num_objects = collections.Counter(), set()
+
+    def tracker(self):
+        return track.Tracker(self.first, self.next)
+
+    def _logits(self, t, first, image):
+        truth = np.zeros_like(first)
+        for k in range(len(self.ids)):
+            truth[k] = image[..., k] > 127
+        masks = self.predict(t, first, truth)
+        low = masks.reshape(len(first), RESOLUTION // 4, 4, RESOLUTION // 4, 4).mean((2, 4)) - 0.5
+        low[len(self.ids) :] = 9.0  # padding shouts: it must not be heard
+        return low.astype(np.float32)
+
+    def first(self, params, image, masks, num_frames) -> Any:
+        self.params = params
+        assert image.shape == (RESOLUTION, RESOLUTION, 3)
+        assert image.dtype == np.uint8 and masks.dtype == bool
+        assert masks.shape[1:] == (RESOLUTION, RESOLUTION)
+        self.calls[num_frames] += 1
+        self.num_objects.add(len(masks))
+        return (1, masks), self._logits(0, masks, image)
+
+    def next(self, params, state, image) -> Any:
+        t, first = state
+        return (t + 1, first), self._logits(t, first, image)
+
+
+def run(predict, source=None, **kwargs):
+    tracker = FakeTracker(predict)
+    source = source or Squares()
+    run_clip = evaluate.tracker_predictor(tracker.tracker(), "params", RESOLUTION)
+    return evaluate.evaluate(run_clip, source, **kwargs), tracker
+
+
+def exact(ids=(2, 5), source=None):
+    """A predictor that skips the tracker: the truth at full resolution."""
+    source = source or Squares()
+
+    def predict(frames, masks, num_frames) -> Any:
+        for t, _ in enumerate(frames):
+            truth = source.labels(0, [t])[0]
+            yield sum((np.uint8(k + 1) * (truth == i) for k, i in enumerate(ids)), np.uint8(0))
+
+    return predict
+
+
+def static(frames, masks, num_frames):
+    for _ in frames:
+        yield (masks * np.arange(1, len(masks) + 1)[:, None, None]).sum(0).astype(np.uint8)
+
+
+def test_truth_scores_one():
+    results = evaluate.evaluate(exact(), Squares())
+    assert results.j == results.f == results.jf == 1
+    assert [(o.clip, o.object_id) for o in results.objects] == [
+        ("clip0", 2), ("clip0", 5), ("clip1", 2), ("clip1", 5)
+    ]  # fmt: skip
+
+
+def test_truth_through_a_tracker_scores_nearly_one():
+    results, tracker = run(lambda t, first, truth: truth)
+    assert results.jf > 0.93  # logits are 16 x 16: corners of the squares are rounded
+    assert tracker.calls == {11: 2}
+
+
+def test_static_tracker_is_the_static_baseline():
+    results = evaluate.evaluate(static, Squares())
+    assert results.jf == results.static.jf
+    # By hand: at frame t the squares of 32 overlap over 32 - 2 t rows (columns); frames 1 to 9.
+    expected = np.mean([(32 - 2 * t) / (32 + 2 * t) for t in range(1, 10)])
+    assert results.j == pytest.approx(expected)
+    assert results.static.j == pytest.approx(expected)
+
+
+def test_first_and_last_frame_are_not_scored():
+    def wrong_at_the_ends(t, first, truth):
+        return truth if 0 < t < 10 else np.zeros_like(truth)
+
+    right, _ = run(lambda t, first, truth: truth)
+    assert run(wrong_at_the_ends)[0] == right
+    wrong_once, _ = run(lambda t, first, truth: truth if t != 9 else np.zeros_like(truth))
+    assert wrong_once.j == pytest.approx(right.j * 8 / 9, abs=0.01)
+
+
+def test_order_of_results_for_worse_trackers():
+    good = run(lambda t, first, truth: truth)[0]
+    shifted = run(lambda t, first, truth: np.roll(truth, 8, axis=2))[0]
+    silent = run(lambda t, first, truth: np.zeros_like(truth))[0]
+    swapped = run(lambda t, first, truth: truth[[1, 0]])[0]
+    assert silent.j == swapped.j == 0
+    assert 0.25 < shifted.j < 0.4 < good.j  # by 16 of 32 columns: about one third
+    # The baseline does not depend on the model.
+    assert good.static == silent.static == shifted.static
+
+
+def test_limits_and_bounded_reads():
+    source = Squares(clips=3, num_frames=20)
+    views = []
+    evaluate.evaluate(exact(), source, max_clips=2, max_frames=5, watch=views.append)
+    assert [v.frame for v in views] == 2 * [0, 1, 2, 3, 4]
+    assert {v.clip for v in views} == {"clip0", "clip1"}
+    assert all((v.predicted == v.true).all() and v.num_frames == 5 for v in views)
+    evaluate.evaluate(exact(), source)
+    assert source.longest_read <= evaluate.CHUNK
+
+
+def test_starts_at_the_first_annotated_frame():
+    source, views = Squares(empty_start=3), []
+    results, tracker = run(lambda t, first, truth: truth, source, watch=views.append, max_clips=1)
+    assert tracker.calls == {8: 1} and results.j > 0.9
+    assert [(v.frame, v.place) for v in views] == [(t + 3, t) for t in range(8)]
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(UserError, match="no object to score"):
+        run(lambda t, first, truth: truth, Squares(empty_start=99))
+    with pytest.raises(UserError, match="3 annotated frames"):
+        run(lambda t, first, truth: truth, max_frames=2)
+
+
+def test_label_map_is_the_highest_positive_logit():
+    logits = np.array([[[3.0]], [[5.0]], [[5.0]], [[-1.0]]], np.float32)
+    assert (evaluate.label_map(logits, (2, 3)) == 2).all()
+    assert (evaluate.label_map(logits - 6, (2, 3)) == 0).all()
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((3, 7, 9)).astype(np.float32)
+    got = evaluate.label_map(logits, (7, 9))  # the same size: no interpolation
+    assert (got == np.where(logits.max(0) > 0, logits.argmax(0) + 1, 0)).all()
+
+
+def test_label_map_upsamples_like_the_reference():
+    torch = pytest.importorskip("torch")
+    logits = np.random.default_rng(1).standard_normal((2, 16, 16)).astype(np.float32)
+    high = torch.nn.functional.interpolate(
+        torch.tensor(logits)[None], size=(48, 85), mode="bilinear", align_corners=False
+    )[0].numpy()
+    want = np.where(high.max(0) > 0, high.argmax(0) + 1, 0)
+    # A pixel exactly on an edge between two labels may fall either way.
+    assert (evaluate.label_map(logits, (48, 85)) != want).mean() < 1e-3
+
+
+def test_objects_are_padded_to_few_sizes():
+    sizes = [evaluate._padded(n) for n in range(1, 26)]
+    assert all(s >= n for n, s in enumerate(sizes, start=1))
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+
+
+def test_padding_is_not_heard(monkeypatch):
+    plain, tracker = run(lambda t, first, truth: truth)
+    assert tracker.num_objects == {2}
+    monkeypatch.setattr(evaluate, "_padded", lambda n: 6)
+    padded, tracker = run(lambda t, first, truth: truth)
+    assert tracker.num_objects == {6} and padded == plain
+
+
+def test_evaluate_config(tmp_path, monkeypatch, capsys):
+    fake = FakeTracker(lambda t, first, truth: truth)
+    monkeypatch.setattr(evaluate, "_tracker", lambda model: fake.tracker())
+    config = ml_collections.ConfigDict(
+        {"model": {"resolution": RESOLUTION}, "eval": {"max_clips": 1, "max_frames": 6}}
+    )
+    mesh = jax.sharding.Mesh(jax.devices(), ("fsdp",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    params = jax.device_put(np.arange(8.0), split)
+    row = evaluate.evaluate_config(config, "model", params, Squares(), tmp_path, 30)
+    assert sorted(row) == ["eval/F", "eval/J", "eval/J&F", "eval/static J", "eval/static J&F"]
+    assert row["eval/J&F"] > 0.93 > row["eval/static J&F"] and fake.calls == {6: 1}
+    # One device tracks, with parameters that are whole.
+    assert len(fake.params.devices()) == 1 and fake.params.tolist() == list(range(8))
+    assert (tmp_path / "overlay.png").stat().st_size > 1000
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("step 30: J&F 0.") and "static" in out

@@ -1,0 +1,241 @@
+"""Groups, schedules, clipping, and AdamW against a second implementation written from its paper."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam2_jax import optim
+from sam2_jax.types import PromptPlan, UserError
+
+# float32 against float64 arithmetic over a dozen steps
+RELATIVE = 2e-5
+PARAMS = {
+    "image_encoder": {
+        "trunk": {"qkv": {"kernel": (4, 3), "bias": (3,)}, "norm": {"scale": (4,), "bias": (4,)}},
+        "neck": {"norm": {"weight": (3,), "bias": (3,)}},
+    },
+    "memory_attention": {"kernel": (3, 3), "norm": {"scale": (3,)}},
+    "memory_encoder": {"kernel": (2, 2)},
+    "obj_ptr_proj": {"kernel": (2, 2)},
+    "obj_ptr_tpos_proj": {"kernel": (2, 2)},
+    "mask_downsample": {"kernel": (2, 2), "bias": (1,)},
+    "sam_prompt_encoder": {"pe_layer": {"gaussian": (2, 4)}},
+    "maskmem_tpos_enc": (7, 2),
+    "no_mem_embed": (2,),
+    "no_mem_pos_enc": (2,),
+    "no_obj_ptr": (2,),
+    "no_obj_embed_spatial": (2,),
+}
+SETTINGS = optim.OptimSettings(
+    learning_rate=((("image_encoder/*",), 3e-2, 3e-3), (("*",), 5e-2, 5e-3)),
+    weight_decay=((("*bias*", "*/scale"), 0.0), (("*",), 0.1)),
+    frozen=("*/gaussian",),
+    steps=20,
+    warmup_steps=0,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    clip_norm=0.1,
+)
+
+
+def draw(seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        PARAMS,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+    return dict(zip(optim.paths_of(tree), leaves, strict=True))
+
+
+def plan(is_cond: list[bool], points: bool) -> PromptPlan:
+    t = len(is_cond)
+    none = jnp.zeros(t, bool)
+    return PromptPlan(
+        jnp.arange(t, dtype=jnp.int32),
+        jnp.asarray(points),
+        jnp.asarray(is_cond),
+        none,
+        none,
+        jnp.zeros((t, 7), bool),
+    )
+
+
+SINGLE = plan([True], True)
+CLICKS = plan([True, False, False], True)
+MASKS = plan([True, True, False], False)
+UNTOUCHED = {  # by the reference: gradient None
+    "single": ("memory_", "maskmem", "obj_ptr", "no_obj", "mask_down", "no_mem_pos"),
+    "clicks": ("mask_down", "no_mem_pos"),
+    "masks": ("no_mem_embed", "no_mem_pos"),
+}
+PLANS = {"single": SINGLE, "clicks": CLICKS, "masks": MASKS}
+
+
+def adamw(kinds: list[str], start: dict, grads: list[dict]) -> dict[str, np.ndarray]:
+    """AdamW as torch does it, in float64: untouched parameters are skipped altogether."""
+    s = SETTINGS
+    params = flat(start)
+    count = dict.fromkeys(params, 0)
+    mean = {k: np.zeros_like(v) for k, v in params.items()}
+    square = {k: np.zeros_like(v) for k, v in params.items()}
+    for step, (kind, grad) in enumerate(zip(kinds, grads, strict=True)):
+        touched = {
+            k: v
+            for k, v in flat(grad).items()
+            if not k.startswith(UNTOUCHED[kind]) and not k.endswith("gaussian")
+        }
+        norm = np.sqrt(sum((v**2).sum() for v in touched.values()))
+        clip = min(1.0, s.clip_norm / (norm + 1e-6))
+        for k, g in touched.items():
+            encoder = k.startswith("image_encoder/")
+            lo, hi = (3e-3, 3e-2) if encoder else (5e-3, 5e-2)
+            rate = lo + 0.5 * (hi - lo) * (1 + np.cos(np.pi * step / s.steps))
+            decay = 0.0 if "bias" in k or k.endswith("/scale") else 0.1
+            count[k] += 1
+            mean[k] = 0.9 * mean[k] + 0.1 * g * clip
+            square[k] = 0.999 * square[k] + 0.001 * (g * clip) ** 2
+            params[k] *= 1 - rate * decay
+            bias2 = 1 - 0.999 ** count[k]
+            params[k] -= (
+                rate * mean[k] / (1 - 0.9 ** count[k]) / (np.sqrt(square[k] / bias2) + 1e-8)
+            )
+    return params
+
+
+def zero_untouched(kind: str, grads: dict) -> dict:
+    """What jax.grad gives where the reference has None."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, g: g * 0 if optim.path_of(keys).startswith(UNTOUCHED[kind]) else g, grads
+    )
+
+
+def run(kinds: list[str], settings=SETTINGS):
+    start = draw(0)
+    grads = [draw(1 + i) for i in range(len(kinds))]
+    optimizer = optim.make_optimizer(settings, start, "2.1")
+
+    @jax.jit
+    def update(params, state, grad, the_plan):
+        active = optim.active_groups(the_plan)
+        updates, state = optimizer.tx.update(grad, state, params, active=active)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    params, state = start, optimizer.tx.init(start)
+    for kind, grad in zip(kinds, grads, strict=True):
+        params, state = update(params, state, zero_untouched(kind, grad), PLANS[kind])
+    return start, grads, params, state
+
+
+def test_adamw_over_mixed_plans_equals_a_plain_implementation():
+    kinds = ["single", "clicks", "masks", "single", "single", "masks", "clicks", "single"]
+    start, grads, params, _ = run(kinds)
+    want = adamw(kinds, start, grads)
+    for path, value in flat(params).items():
+        np.testing.assert_allclose(value, want[path], rtol=RELATIVE, atol=RELATIVE, err_msg=path)
+
+
+def test_untouched_parameters_keep_value_moments_and_count():
+    start, _, params, state = run(["single"] * 3)
+    begun, ended = flat(start), flat(params)
+    for path in begun:
+        moved = not np.array_equal(begun[path], ended[path])
+        expected = not path.startswith(UNTOUCHED["single"]) and not path.endswith("gaussian")
+        assert moved == expected, path
+    states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optim.ScaleByAdamState))
+    adam = [s for s in states if isinstance(s, optim.ScaleByAdamState)]
+    assert adam
+    for s in adam:
+        for path, count in flat(s.count).items():
+            assert count == (0 if path.startswith(UNTOUCHED["single"]) else 3), path
+        for path, square in flat(s.nu).items():
+            assert square.any() != path.startswith(UNTOUCHED["single"]), path
+
+
+def test_frozen_parameters_have_no_moments_and_do_not_count_in_the_clip():
+    _, _, params, state = run(["clicks"])
+    sizes = [leaf.size for leaf in jax.tree.leaves(state)]
+    trained = sum(x.size for x in jax.tree.leaves(params)) - 2 * 4
+    counts = len(jax.tree.leaves(params)) - 1
+    groups = 4  # two rates times two decays, a schedule count each
+    assert sum(sizes) == 2 * trained + counts + groups
+
+
+def test_adamw_equals_torch():
+    torch = pytest.importorskip("torch")
+    kinds = ["single", "clicks", "masks", "masks", "single", "clicks"]
+    start, grads, params, _ = run(kinds)
+    tensors = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in flat(start).items()}
+    del tensors["sam_prompt_encoder/pe_layer/gaussian"]
+    groups = []
+    for k, tensor in tensors.items():
+        decay = 0.0 if "bias" in k or k.endswith("/scale") else 0.1
+        groups.append({"params": [tensor], "weight_decay": decay, "name": k})
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+    for step, (kind, grad) in enumerate(zip(kinds, grads, strict=True)):
+        for k, g in flat(grad).items():
+            if k in tensors:
+                touched = not k.startswith(UNTOUCHED[kind])
+                tensors[k].grad = torch.tensor(g) if touched else None
+        for group in optimizer.param_groups:
+            lo, hi = (3e-3, 3e-2) if group["name"].startswith("image_encoder") else (5e-3, 5e-2)
+            group["lr"] = lo + 0.5 * (hi - lo) * (1 + np.cos(np.pi * step / SETTINGS.steps))
+        torch.nn.utils.clip_grad_norm_(list(tensors.values()), SETTINGS.clip_norm)
+        optimizer.step()
+    got = flat(params)
+    for k, tensor in tensors.items():
+        np.testing.assert_allclose(
+            got[k], tensor.detach().numpy(), rtol=RELATIVE, atol=RELATIVE, err_msg=k
+        )
+
+
+def test_cosine_starts_exactly_and_stops_short_of_the_end():
+    schedule = optim.cosine(5e-6, 5e-7, 10)
+    assert schedule(0) == np.float32(5e-6)
+    last = 5e-7 + 0.5 * 4.5e-6 * (1 + np.cos(np.pi * 0.9))
+    np.testing.assert_allclose(np.asarray(schedule(9)), last, rtol=1e-6)
+    warm = optim.cosine(1.0, 1.0, 10, warmup_steps=4)
+    np.testing.assert_allclose(np.asarray([warm(i) for i in range(6)]), [0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+def test_clip_uses_the_reference_coefficient():
+    # Gradients so small that the 1e-6 beside the norm shows.
+    tx = optim.clip_by_global_norm(2e-6)
+    big, _ = tx.update(jnp.array([3e-6, 4e-6]), tx.init({}))
+    np.testing.assert_allclose(np.asarray(big), [3e-6 * 2 / 6, 4e-6 * 2 / 6], rtol=1e-5)
+    small, _ = tx.update(jnp.array([3e-7, 4e-7]), tx.init({}))
+    np.testing.assert_array_equal(np.asarray(small), np.array([3e-7, 4e-7], np.float32))
+
+
+def test_every_group_has_its_rules():
+    optimizer = optim.make_optimizer(SETTINGS, draw(0), "2.1")
+    assert optimizer.labels["image_encoder/trunk/norm/scale"] == "lr0_wd0"
+    assert optimizer.labels["image_encoder/neck/norm/weight"] == "lr0_wd1"  # LayerNorm2d decays
+    assert optimizer.labels["mask_downsample/bias"] == "lr1_wd0"
+    assert optimizer.labels["sam_prompt_encoder/pe_layer/gaussian"] == optim.FROZEN
+    assert set(optimizer.schedules) == {"learning_rate", "learning_rate/image_encoder"}
+    sizes = optim.group_sizes(optimizer, draw(0))
+    assert sizes[optim.FROZEN] == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"learning_rate": ((("image_encoder/*",), 1.0, 1.0),)}, ["learning_rate", "mask_down"]),
+        ({"frozen": ("image_encodr/*",)}, ["optim.frozen", "image_encodr/*", "image_encoder"]),
+        (
+            {"weight_decay": ((("*",), 0.1), (("*bias*",), 0.0))},
+            ["optim.weight_decay", "'*bias*'"],
+        ),
+    ],
+)
+def test_rules_that_miss_are_named(change, words):
+    with pytest.raises(UserError) as error:
+        optim.make_optimizer(SETTINGS._replace(**change), draw(0), "2.1")
+    assert all(word in str(error.value) for word in words), error.value

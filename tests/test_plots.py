@@ -1,0 +1,114 @@
+"""The pictures of a run: what they show, that they replace the old ones whole, no global state."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from sam2_jax import plots
+
+
+def view(size=(60, 100), place=0, predicted=True, clip="clip", num_frames=9):
+    true = np.zeros(size, np.uint8)
+    true[10:40, 10:40] = 1
+    guess = np.zeros(size, np.uint8)
+    if predicted:
+        guess[10:40, 50:80] = 1
+    image = np.full((*size, 3), 90, np.uint8)
+    return plots.View(clip, 0, place, place, num_frames, image, guess, true)
+
+
+def near(image, colour, tolerance=40):
+    return np.abs(image.astype(int) - np.array(colour)).max(-1) <= tolerance
+
+
+def test_tile_shows_prediction_and_truth_where_they_are():
+    size = plots.TILE_WIDTH * 60 // 100
+    tile = plots._tile(view(), size)
+    assert tile.shape == (2 * size, 2 * plots.TILE_WIDTH, 3)
+    scale = tile.shape[1] // 100
+    coloured, white = near(tile, plots.COLOURS[0]), near(tile, (255, 255, 255))
+    ys, xs = np.nonzero(coloured)
+    assert 48 * scale < xs.min() < 52 * scale and 78 * scale < xs.max() < 82 * scale
+    ys, xs = np.nonzero(white)
+    assert 8 * scale < xs.min() < 12 * scale and 38 * scale < xs.max() < 42 * scale
+    assert 8 * scale < ys.min() < 12 * scale and 38 * scale < ys.max() < 42 * scale
+    # Dashed: of a side's line, part is white and part is not.
+    side = white[12 * scale : 38 * scale, 8 * scale : 12 * scale].any(1).mean()
+    assert 0.3 < side < 0.9
+    # Lightly filled: inside, between the image and the colour. Outside: the image.
+    inside = tile[25 * scale, 65 * scale].astype(float)
+    mixed = 0.7 * 90 + 0.3 * np.array(plots.COLOURS[0])
+    np.testing.assert_allclose(inside, mixed, atol=2)
+    assert (tile[50 * scale, 95 * scale] == 90).all()
+    assert not near(plots._tile(view(predicted=False), size), plots.COLOURS[0]).any()
+
+
+def test_sheet_keeps_evenly_spaced_frames_of_the_first_clips():
+    sheet = plots.Sheet(rows=2, columns=3)
+    for clip in "abc":
+        for t in range(9):
+            sheet.watch(view(place=t, clip=clip))
+    assert list(sheet.rows) == ["a", "b"]
+    assert [v.place for v in sheet.rows["a"]] == [0, 4, 8]
+    short = plots.Sheet(columns=5)
+    for t in range(3):
+        short.watch(view(place=t, num_frames=3))
+    assert [v.place for v in short.rows["clip"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [(128, 128), (480, 854)])
+def test_overlay_sheet_is_written_whole(tmp_path, size):
+    path = tmp_path / "new" / "overlay.png"
+    rows = {"wide": [view(size, t) for t in (0, 4, 8)], "other": [view((60, 40))]}
+    plots.overlay_sheet(rows, {"wide": 0.5}, path, title="step 1")
+    picture = cv2.imread(str(path))
+    assert picture is not None and picture.shape[1] == 3 * (plots.TILE_WIDTH + 6) + 6
+    assert near(picture, plots.COLOURS[0][::-1]).any()
+    plots.overlay_sheet({"wide": rows["wide"]}, {}, path, title="step 2")  # replaces
+    assert [p.name for p in path.parent.iterdir()] == ["overlay.png"]
+
+
+def log(path, rows, tail=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return path
+
+
+def rows(count):
+    for step in range(count):
+        yield {"step": step, "loss": 20 / (1 + step), "loss_mask": 0.5, "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize("count", [0, 1, 200])
+def test_loss_curves_draws_any_length(tmp_path, count):
+    scores = {"step": 3, "eval/J&F": 0.5, "eval/static J&F": 0.3, "eval/J": None}
+    path = log(tmp_path / "metrics.jsonl", [*rows(count), *([scores] * count)], '{"step": 9, "lo')
+    plots.loss_curves(path, tmp_path / "loss.png")
+    picture = cv2.imread(str(tmp_path / "loss.png"))
+    assert picture is not None and picture.std() > 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_curves_read_the_right_numbers(tmp_path):
+    path = log(tmp_path / "m", [*rows(3), {"step": 2, "eval/J": 0.25}], "{")
+    read = plots._read(path)
+    np.testing.assert_array_equal(plots._series(read, "loss")[1], [20, 10, 20 / 3])
+    np.testing.assert_array_equal(plots._series(read, "eval/J"), [[2], [0.25]])
+    assert len(plots._series(read, "absent")[0]) == 0
+
+
+def test_smoothing_keeps_a_line_and_reduces_noise():
+    line = np.arange(100.0)
+    np.testing.assert_allclose(plots._smooth(line), line)
+    noise = np.random.default_rng(0).standard_normal(400)
+    assert plots._smooth(noise).std() < 0.4 * noise.std()
+
+
+def test_pyplot_is_not_imported():
+    code = "import sys, sam2_jax.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    root = pathlib.Path(plots.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -1,0 +1,76 @@
+"""Mesh arithmetic, layouts by shape, and their errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sam2_jax import sharding
+from sam2_jax.types import UserError
+
+
+@pytest.mark.parametrize(
+    ("axes", "devices", "expected"),
+    [
+        ((-1, 1, 1), 8, (8, 1, 1)),
+        ((-1, 4, 1), 8, (2, 4, 1)),
+        ((2, -1, 2), 8, (2, 2, 2)),
+        ((2, 4, 1), 8, (2, 4, 1)),
+        ((-1, 8, 1), 8, (1, 8, 1)),
+    ],
+)
+def test_mesh_shape(axes, devices, expected):
+    data, fsdp, model = axes
+    assert sharding.mesh_shape(data, fsdp, model, devices) == expected
+
+
+@pytest.mark.parametrize("axes", [(-1, 3, 1), (2, 2, 1), (-1, -1, 1), (0, 1, 1), (16, 1, 1)])
+def test_a_mesh_that_does_not_fit_names_the_keys(axes):
+    with pytest.raises(UserError, match="mesh.data=.*mesh.fsdp=.*mesh.model="):
+        sharding.mesh_shape(axes[0], axes[1], axes[2], 8)
+
+
+def test_batch_size_must_divide():
+    mesh = sharding.make_mesh(2, 2, 1)
+    sharding.check_batch_size(8, mesh)
+    with pytest.raises(UserError, match="data.batch_size=6 .* 2 \\* 2"):
+        sharding.check_batch_size(6, mesh)
+    with pytest.raises(UserError, match="8 processes"):
+        sharding.check_batch_size(4, mesh, processes=8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fsdp", "spec"),
+    [
+        ((256, 2048), 4, P(None, "fsdp")),
+        ((2048, 256), 4, P("fsdp")),
+        ((256, 256), 4, P("fsdp")),  # the first of equals
+        ((1022, 512), 4, P(None, "fsdp")),  # the largest is not divisible
+        ((1023, 1023), 4, P()),
+        ((256,), 4, P()),  # too small
+        ((), 4, P()),
+        ((2048, 256), 1, P()),
+    ],
+)
+def test_leaf_spec(shape, fsdp, spec):
+    assert sharding.leaf_spec(shape, fsdp) == spec
+
+
+def test_parameters_and_moments_lie_alike():
+    mesh = sharding.make_mesh(1, 4, 1)
+    params = {"a": jnp.ones((256, 512)), "b": jnp.ones(3)}
+    shapes = jax.eval_shape(lambda: (params, {"mu": params, "count": jnp.int32(0)}))
+    laid, rest = sharding.tree_shardings(shapes, mesh)
+    assert laid == rest["mu"]
+    assert laid["a"].spec == P(None, "fsdp")
+    placed = jax.device_put(params["a"], laid["a"])
+    assert {s.data.shape for s in placed.addressable_shards} == {(256, 128)}
+
+
+def test_put_batch_splits_videos():
+    mesh = sharding.make_mesh(2, 2, 1)
+    batch = {"images": np.arange(24).reshape(4, 6)}
+    placed = sharding.put_batch(batch, mesh)["images"]
+    np.testing.assert_array_equal(placed, batch["images"])
+    assert {s.data.shape for s in placed.addressable_shards} == {(1, 6)}
