@@ -22,9 +22,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, UInt8
 from tqdm.auto import tqdm
 
-from sam2_jax import metrics, plots, track
+from sam2_jax import metrics, plots
 from sam2_jax.data import transforms
 from sam2_jax.data.sources import VideoSource
+from sam2_jax.predict import video
 from sam2_jax.types import Array, UserError
 
 CHUNK = 8  # frames decoded at a time: bounds the memory of a long clip
@@ -68,7 +69,7 @@ def evaluate(
     return metrics.Results(tuple(objects))
 
 
-def tracker_predictor(tracker: track.Tracker, params: Any, resolution: int) -> PredictClip:
+def tracker_predictor(tracker: video.Tracker, params: Any, resolution: int) -> PredictClip:
     """Runs a tracker over a clip; the host works on a frame while the device tracks the next.
 
     The number of objects is padded to one of few sizes (with empty masks, whose output is dropped),
@@ -211,6 +212,6 @@ def _local(params: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _tracker(model: Any) -> track.Tracker:
+def _tracker(model: Any) -> video.Tracker:
     """One tracker per model, so that a later evaluation finds its programs compiled."""
-    return track.make_tracker(model)
+    return video.make_tracker(model)

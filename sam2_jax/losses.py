@@ -24,6 +24,9 @@ class LossWeights(NamedTuple):
     object_class: float = 1.0
 
 
+REFERENCE_WEIGHTS = LossWeights()
+
+
 def focal_loss(logits: Float[Array, "*n h w"], truth: Bool[Array, "*n h w"]) -> Float[Array, "*n"]:
     """Sigmoid focal loss, mean over pixels."""
     # p_t = sigmoid(signed): of the true class
@@ -124,7 +127,7 @@ def total(
     out: FrameOut,
     masks: Bool[Array, "t b o h w"],
     valid: Bool[Array, "b o"],
-    weights: LossWeights = LossWeights(),
+    weights: LossWeights = REFERENCE_WEIGHTS,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss of a batch and its unweighted terms, divided by the number of real objects.
 

@@ -24,7 +24,7 @@ from sam2_jax import checkpoint, evaluate, metrics, plots
 from sam2_jax.config import fail
 from sam2_jax.data.folders import EVAL, FolderSource, open_folder
 from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
-from sam2_jax.track import make_tracker
+from sam2_jax.predict.video import make_tracker
 from sam2_jax.types import UserError
 
 CACHE = pathlib.Path.home() / ".cache" / "sam2_jax"

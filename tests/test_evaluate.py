@@ -8,8 +8,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from sam2_jax import evaluate, track
+from sam2_jax import evaluate
 from sam2_jax.data.sources import Video
+from sam2_jax.predict import video
 from sam2_jax.types import UserError
 
 SIZE, RESOLUTION = (96, 128), 64
@@ -53,7 +54,7 @@ class FakeTracker:
         self.calls, self.num_objects = collections.Counter(), set()
 
     def tracker(self):
-        return track.Tracker(self.first, self.next)
+        return video.Tracker(self.first, self.next)
 
     def _logits(self, t, first, image):
         truth = np.zeros_like(first)

@@ -14,9 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from sam2_jax import metrics, plots, track
+from sam2_jax import metrics, plots
 from sam2_jax.data.folders import EVAL, open_folder
 from sam2_jax.model.sam2 import init_params, make_sam2
+from sam2_jax.predict import video
 from sam2_jax.types import UserError
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "evaluate.py"
@@ -71,7 +72,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def static_tracker(model) -> track.Tracker:
+def static_tracker(model) -> video.Tracker:
     """Tracks nothing, at a precision of four pixels."""
 
     def low(masks):
@@ -84,7 +85,7 @@ def static_tracker(model) -> track.Tracker:
     def following(params, masks, image) -> Any:
         return masks, low(masks)
 
-    return track.Tracker(first, following)
+    return video.Tracker(first, following)
 
 
 def read(path: pathlib.Path) -> np.ndarray:

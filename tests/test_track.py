@@ -9,6 +9,7 @@ import pytest
 
 from sam2_jax import losses, prompts, track
 from sam2_jax.model.sam2 import init_params, make_sam2
+from sam2_jax.predict import video
 from sam2_jax.types import Batch, PromptPlan
 
 SIDE, T, OBJECTS = 64, 4, 2
@@ -157,7 +158,7 @@ def test_one_frame_at_a_time_is_the_scan(model, params, frames):
     whole = jax.jit(partial(track.track, model, deterministic=True))(
         params, batch, prompts.mask_plan(frames), KEY
     )
-    tracker = track.make_tracker(model)
+    tracker = video.make_tracker(model)
     state, logits = tracker.first(params, batch.images[0, 0], batch.masks[0, 0], jnp.int32(frames))
     each = [logits]
     for t in range(1, frames):

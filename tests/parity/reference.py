@@ -21,7 +21,10 @@ from training.loss_fns import MultiStepMultiMasksAndIous
 from training.model.sam2 import SAM2Train
 
 from sam2_jax.model.variants import Variant
+from sam2_jax.types import Batch, PromptPlan
 
+CORRECTIONS = 3  # clicks per corrected frame; the reference's configuration has 7
+GAIN = 1.2
 MEAN, STD = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
@@ -129,16 +132,36 @@ def build(v: Variant, resolution: int, version: str, seed: int) -> Reference:
         rand_init_cond_frames_for_train=True,
         num_correction_pt_per_frame=CORRECTIONS,
     ).train()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            spread = 0.3 if tensor.ndim == 1 or "embed" in name or "tpos_enc" in name else 0.02
-            tensor += spread * torch.randn_like(tensor)
-        # Opinions of both signs on whether the object is there
-        model.sam_mask_decoder.pred_obj_score_head.layers[-1].weight *= 8
+    randomise(model)
     return model
 
 
-CORRECTIONS = 3
+def randomise(model: torch.nn.Module) -> None:
+    """Weights that neither fade nor drown what passes through them; nothing left at 0 or 1."""
+    with torch.no_grad():
+        for name, x in model.state_dict().items():
+            if name.endswith("weight") and x.ndim > 1 and "embed." not in name:
+                fan_in = x[0].numel() if "upscaling" not in name else len(x)
+                # Attention to memories that tells one from another
+                sharp = "memory_attention" in name and ("q_proj" in name or "k_proj" in name)
+                x.normal_(0.0, (2.5 if sharp else GAIN) / fan_in**0.5)
+            else:
+                x += 0.3 * torch.randn_like(x)
+
+
+def balance(model: Reference, frames: list[dict]) -> None:
+    """Shift the object scores so that, of those in `frames`, as many are positive as negative."""
+    scores = [
+        score.flatten()
+        for frame in frames
+        if frame["mask_inputs"] is None
+        for score in frame["multistep_object_score_logits"]
+    ]
+    ordered = torch.cat(scores).sort().values
+    middle = len(ordered) // 2
+    with torch.no_grad():
+        bias = model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias
+        bias -= (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def state_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -177,20 +200,20 @@ class Script:
         return np.array(frames)
 
 
-def train_forward(model: Reference, images: np.ndarray, masks: np.ndarray, valid: np.ndarray, plan):
+def train_forward(model: Reference, batch: Batch, plan: PromptPlan):
     """The reference's training forward on our batch, with our plan.
 
     Returns its outputs of every frame (a dict), the losses and the prompts it drew: points
     [t, passes, objects, 2], labels [t, passes, objects] and boxes [t, objects, 2, 2]. The
     reference has one flat axis of objects: those of all videos that are `valid`.
     """
-    b, t = images.shape[:2]
-    video, slot = np.nonzero(valid)
-    flat = torch.tensor(images).permute(0, 1, 4, 2, 3).flatten(0, 1).float() / 255
-    batch = SimpleNamespace(
+    b, t = batch.images.shape[:2]
+    video, slot = np.nonzero(batch.valid)
+    flat = torch.tensor(batch.images).permute(0, 1, 4, 2, 3).flatten(0, 1).float() / 255
+    clips: Any = SimpleNamespace(
         flat_img_batch=(flat - MEAN) / STD,
         num_frames=t,
-        masks=torch.tensor(masks[video, :, slot]).transpose(0, 1),
+        masks=torch.tensor(batch.masks[video, :, slot]).transpose(0, 1),
         flat_obj_to_img_idx=[torch.tensor(video * t + i) for i in range(t)],
     )
     model.rng = Script(plan)
@@ -207,8 +230,8 @@ def train_forward(model: Reference, images: np.ndarray, masks: np.ndarray, valid
         return mock.patch.object(training.model.sam2, name, record)
 
     with recording("get_next_point"), recording("sample_box_points"):
-        backbone = model.prepare_prompt_inputs(model.forward_image(batch.flat_img_batch), batch)
-        outputs = model.forward_tracking(backbone, batch, return_dict=True)
+        backbone = model.prepare_prompt_inputs(model.forward_image(clips.flat_img_batch), clips)
+        outputs = model.forward_tracking(backbone, clips, return_dict=True)
     order = backbone["init_cond_frames"] + backbone["frames_not_in_init_cond"]
     frames = outputs["cond_frame_outputs"] | outputs["non_cond_frame_outputs"]
     frames = [frames[i] for i in range(t)]
@@ -237,5 +260,5 @@ def train_forward(model: Reference, images: np.ndarray, masks: np.ndarray, valid
         focal_gamma_obj_score=0.0,
         focal_alpha_obj_score=-1.0,
     )
-    losses = criterion(frames, batch.masks)
+    losses = criterion(frames, clips.masks)
     return frames, losses, (points, labels, boxes)

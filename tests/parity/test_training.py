@@ -50,7 +50,7 @@ def make_batch(rng: np.random.Generator, b: int, t: int, o: int, valid=None) -> 
 
 
 @pytest.fixture(scope="module")
-def step(make_pair):
+def step():
     """Outputs, loss and gradients of ours; traced once per shape of the batch and version."""
 
     def loss(params, model, batch, plan, prompts):
@@ -71,9 +71,8 @@ def step(make_pair):
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
 
-    def call(version, batch, plan, prompts):
-        pair = make_pair(version)
-        (total, (terms, out)), grads = run(pair.params, pair.model, batch, plan, prompts)
+    def call(model, params, batch, plan, prompts):
+        (total, (terms, out)), grads = run(params, model, batch, plan, prompts)
         return jax.device_get((total, terms, out, grads))
 
     return call
@@ -107,14 +106,17 @@ def compare(make_pair, step, rng, seed, case, version, valid=None):
     (b, t, o), frames = CASES[case]
     plan = make_plan(t, **frames)
     batch = make_batch(rng, b, t, o, valid)
-    theirs = make_pair(version).reference
+    pair = make_pair(version)
+    theirs = pair.reference
     theirs.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    outputs, expected, prompts = reference.train_forward(
-        theirs, batch.images, batch.masks, batch.valid, plan
-    )
+    outputs, _, _ = reference.train_forward(theirs, batch, plan)
+    reference.balance(theirs, outputs)
+    outputs, expected, prompts = reference.train_forward(theirs, batch, plan)
     expected["core_loss"].backward()
-    total, terms, out, grads = step(version, batch, plan, [scatter(x, batch) for x in prompts])
+    params = convert.from_reference(reference.state_of(theirs), pair.params)
+    prompts = [scatter(x, batch) for x in prompts]
+    total, terms, out, grads = step(pair.model, params, batch, plan, prompts)
 
     for i, frame in enumerate(outputs):
         compare_frame(jax.tree.map(lambda x, i=i: x[i], out), frame, batch.valid)

@@ -1,0 +1,67 @@
+"""Tracking through a video one frame at a time, of any length, in bounded memory.
+
+Source: facebookresearch/sam2@2b90b9f sam2_video_predictor.py (semi-supervised use).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from sam2_jax import memory
+from sam2_jax.decode import Tracking, Visit
+from sam2_jax.model.sam2 import Sam2
+from sam2_jax.prompts import noisy_box, uniform_click
+from sam2_jax.track import empty_bank, encode_frames, visit_frame
+from sam2_jax.types import Array, Bank
+
+
+class Tracker(NamedTuple):
+    """Tracking one frame at a time, for clips of any length; both functions are jitted."""
+
+    first: Callable[..., tuple["Tracked", Float[Array, "o h w"]]]
+    next: Callable[..., tuple["Tracked", Float[Array, "o h w"]]]
+
+
+class Tracked(NamedTuple):
+    """Where a tracker is in its clip."""
+
+    bank: Bank
+    frame: Int[Array, ""]  # the next one
+
+
+def make_tracker(model: Sam2) -> Tracker:
+    """Semi-supervised tracking: `first` is given masks, `next` finds them on the frames after.
+
+    `first(params, image, masks, num_frames)` and `next(params, state, image)` return a state and
+    low-resolution mask logits (o, h/4, w/4). Images are uint8 (h, w, 3) at the model's
+    resolution, masks boolean (o, h, w); `num_frames` is the length of the clip.
+    """
+    unbounded = memory.POINTER_WINDOW + 2  # longer than any window: nothing is sized by the clip
+
+    def visit(params, state: Tracked, image, masks, from_mask):
+        tracking = Tracking(model, params, unbounded, 0, True, uniform_click, noisy_box)
+        key = jax.random.key(0)  # nothing is drawn
+        features = jax.tree.map(lambda x: x[0], encode_frames(tracking, image[None, None], key))
+        no, yes = jnp.zeros((), bool), jnp.asarray(from_mask)
+        item = Visit(state.frame, features, masks[None], yes, yes, no, no, jnp.zeros(0, bool))
+        bank, out = visit_frame(tracking, state.bank, item, key)
+        return Tracked(bank, state.frame + 1), out.mask[0]
+
+    def first(params, image, masks, num_frames):
+        tracking = Tracking(model, params, unbounded, 0, True, uniform_click, noisy_box)
+        side = model.resolution // 16
+        top_shape = (1, side, side, model.variant.hidden_dim)
+        bank = empty_bank(tracking, top_shape, masks.shape[0], 1)
+        distance = jnp.minimum(num_frames, memory.POINTER_WINDOW + 1) - 1
+        bank = bank._replace(max_distance=distance.astype(jnp.int32))
+        return visit(params, Tracked(bank, jnp.int32(0)), image, masks, True)
+
+    def following(params, state, image):
+        objects = state.bank.memory.values.shape[1]
+        nothing = jnp.zeros((objects, model.resolution, model.resolution), bool)
+        return visit(params, state, image, nothing, False)
+
+    return Tracker(jax.jit(first), jax.jit(following, donate_argnums=1))
