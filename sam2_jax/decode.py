@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from sam2_jax.model.sam2 import Sam2
 from sam2_jax.prompts import BoxSampler, PointSampler
-from sam2_jax.resize import upsample
+from sam2_jax.resize import resize
 from sam2_jax.types import Array, Features
 
 NO_OBJECT = -1024.0  # mask logit of an object that is predicted absent
@@ -177,7 +177,7 @@ def correct(
     def once(carry, item):
         prompt, before = carry
         index, from_truth = item
-        wrong_as = upsample(before.mask, (height, width)) > 0
+        wrong_as = resize(before.mask, (height, width)) > 0
         points, labels = tracking.click(
             jax.random.fold_in(key, index),
             visit.truth,

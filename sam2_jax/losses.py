@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from sam2_jax.resize import upsample
+from sam2_jax.resize import resize
 from sam2_jax.types import Array, FrameOut
 
 ALPHA, GAMMA = 0.25, 2.0  # focal loss, RetinaNet (arXiv 1708.02002)
@@ -66,7 +66,7 @@ def pass_terms(
     every mask's IoU prediction is. Absent objects teach the object score alone.
     """
     size = (truth.shape[-2], truth.shape[-1])
-    full = upsample(logits, size)
+    full = resize(logits, size)
     each = jnp.broadcast_to(truth[:, :, None], full.shape)
     mask, dice = focal_loss(full, each), dice_loss(full, each)
     combined = jnp.where(predicted, weights.mask * mask + weights.dice * dice, jnp.inf)

@@ -23,7 +23,7 @@ from sam2_jax.decode import (
 )
 from sam2_jax.model.sam2 import Sam2, normalise
 from sam2_jax.prompts import BoxSampler, PointSampler, noisy_box, uniform_click
-from sam2_jax.resize import downsample, upsample
+from sam2_jax.resize import resize
 from sam2_jax.types import Array, Bank, Batch, Features, FrameOut, PromptPlan
 
 GIVEN = 10.0  # logits of a mask that was given: +-10
@@ -162,9 +162,9 @@ def finish(
     score = jnp.where(visit.from_mask, jnp.where(there, GIVEN, -GIVEN), last.object_score)
     pointer = tracking.call("pointer", last.token, last.object_score > 0)
     pointer = tracking.call("gate_pointer", pointer, there | ~visit.from_mask)
-    full = jnp.where(visit.from_mask, given, upsample(last.mask, (height, width)))
+    full = jnp.where(visit.from_mask, given, resize(last.mask, (height, width)))
     encoded = tracking.call("encode_memory", visit.features.top, full, score > 0)
-    low = downsample(given, last.mask.shape[2:])
+    low = resize(given, last.mask.shape[2:])
     passes = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, later)
     return FrameOut(
         multi_masks=passes.masks[:2],

@@ -130,13 +130,15 @@ def jit_step(step: TrainStep, shapes: State, mesh: Mesh) -> TrainStep:
     )
 
 
-def make_loss(model: Any, weights: losses.LossWeights, remat: str) -> LossFn:
+def make_loss(model: Any, weights: losses.LossWeights, remat: str, max_cond: int) -> LossFn:
     """Loss of tracking a batch through a plan with all that training has of randomness."""
 
     def loss_fn(
         params: Params, batch: Batch, plan: PromptPlan, key: RandomKey
     ) -> tuple[Array, Metrics]:
-        out = track.track(model, params, batch, plan, key, deterministic=False, remat=remat)
+        out = track.track(
+            model, params, batch, plan, key, deterministic=False, max_cond=max_cond, remat=remat
+        )
         masks = jnp.moveaxis(jnp.asarray(batch.masks), 1, 0)
         return losses.total(out, masks, batch.valid, weights)
 
@@ -163,9 +165,11 @@ def make_config_step(config: Any, model: Any, optimizer: optim.Optimizer, mesh: 
     """The step that a config describes, not yet jitted."""
     settings = prompts.PromptSettings(**config.prompts)
     weights = losses.LossWeights(**config.loss)
+    # Corrected frames, too, become conditioning frames
+    max_cond = max(settings.max_cond_frames, settings.max_corrected_frames)
     return make_train_step(
         optimizer,
-        loss_fn=make_loss(model, weights, config.train.remat),
+        loss_fn=make_loss(model, weights, config.train.remat, max_cond),
         sample_plan=lambda key: prompts.sample_plan(key, config.data.num_frames, settings),
         precision=config.train.precision,
         gather=make_gather(mesh),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sam2_jax import losses
-from sam2_jax.resize import downsample, upsample
+from sam2_jax.resize import resize
 from sam2_jax.types import FrameOut
 
 T, B, OBJECTS, SIDE = 3, 2, 3, 16
@@ -72,7 +72,7 @@ def by_definition(out, truth, valid):
                 continue
             terms = []
             for mask, iou in list(zip(masks, ious, strict=True))[: 3 if multi else 1]:
-                logits = np.asarray(upsample(mask, (SIDE, SIDE)))
+                logits = np.asarray(resize(mask, (SIDE, SIDE)))
                 p = sigmoid(logits)
                 pt = np.where(target, p, 1 - p)
                 focal = (np.where(target, 0.25, 0.75) * (1 - pt) ** 2 * -np.log(pt)).mean()
@@ -138,8 +138,8 @@ def test_a_batch_without_objects_is_finite(truth):
     assert float(loss) == 0
 
 
-def test_resizing_is_bilinear():
-    ramp = jnp.broadcast_to(jnp.arange(4.0), (4, 4))
-    up = upsample(ramp, (16, 16))
-    np.testing.assert_allclose(up[0, :7], [0, 0, 0.125, 0.375, 0.625, 0.875, 1.125], atol=1e-6)
-    np.testing.assert_allclose(downsample(jnp.full((16, 16), 3.0), (4, 4)), 3.0, rtol=1e-6)
+@pytest.mark.parametrize("size", [(64, 32), (4, 8), (16, 16), (24, 5)])
+def test_resize_is_bilinear_and_antialiased(size):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 16, 16))
+    expected = jax.image.resize(x, (2, 3, *size), "linear", antialias=True)
+    np.testing.assert_allclose(resize(x, size), expected, atol=1e-5)

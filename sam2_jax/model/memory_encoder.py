@@ -19,9 +19,9 @@ class MaskDownSampler(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w 1"]) -> Float[Array, "n i j c"]:
         for i in range(4):
-            x = layers.conv(4 ** (i + 1), 3, 2, layers.SAME3, name=f"conv_{i}")(x)
+            x = layers.Conv(4 ** (i + 1), 3, 2, 1, name=f"conv_{i}")(x)
             x = layers.gelu(layers.LayerNorm2d(name=f"norm_{i}")(x))
-        return layers.conv(self.dim, 1, name="conv_4")(x)
+        return layers.Conv(self.dim, 1, name="conv_4")(x)
 
 
 class CXBlock(nn.Module):
@@ -54,10 +54,10 @@ class MemoryEncoder(nn.Module):
         b, o = mask.shape[:2]
         mask = mask.reshape(b * o, *mask.shape[2:], 1)
         down = MaskDownSampler(self.dim, name="mask_downsampler")(mask)
-        image = layers.conv(self.dim, 1, name="pix_feat_proj")(features)
+        image = layers.Conv(self.dim, 1, name="pix_feat_proj")(features)
         x = down.reshape(b, o, *down.shape[1:]) + image[:, None]
         x = x.reshape(down.shape)
         for i in range(2):
             x = CXBlock(self.dim, name=f"fuser_layers_{i}")(x)
-        x = layers.conv(self.out, 1, name="out_proj")(x)
+        x = layers.Conv(self.out, 1, name="out_proj")(x)
         return x.reshape(b, o, *x.shape[1:]).astype(jnp.result_type(features))

@@ -23,7 +23,7 @@ class FpnNeck(nn.Module):
         """Features at strides 4, 8 and 16."""
         # The reference numbers its convolutions from the coarsest stage
         s32, s16, s8, s4 = (
-            layers.conv(self.dim, 1, name=f"convs_{i}")(x) for i, x in enumerate(stages[::-1])
+            layers.Conv(self.dim, 1, name=f"convs_{i}")(x) for i, x in enumerate(stages[::-1])
         )
         doubled = jnp.repeat(jnp.repeat(s32, 2, axis=1), 2, axis=2)
         return s4, s8, s16 + doubled

@@ -63,8 +63,8 @@ class MaskDownscaling(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w 1"]) -> Float[Array, "n i j c"]:
-        x = layers.conv(4, 2, 2, name="conv_0")(x)
+        x = layers.Conv(4, 2, 2, name="conv_0")(x)
         x = layers.gelu(layers.LayerNorm2d(name="norm_0")(x))
-        x = layers.conv(16, 2, 2, name="conv_1")(x)
+        x = layers.Conv(16, 2, 2, name="conv_1")(x)
         x = layers.gelu(layers.LayerNorm2d(name="norm_1")(x))
-        return layers.conv(self.dim, 1, name="conv_2")(x)
+        return layers.Conv(self.dim, 1, name="conv_2")(x)

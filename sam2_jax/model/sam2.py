@@ -48,7 +48,7 @@ class Sam2(nn.Module):
         self.memory_encoder = MemoryEncoder(v.hidden_dim, v.memory_dim)
         self.sam_prompt_encoder = PromptEncoder(v.hidden_dim, self.resolution)
         self.sam_mask_decoder = MaskDecoder(v.hidden_dim, v.decoder_mlp_dim)
-        self.mask_downsample = layers.conv(1, 4, 4)
+        self.mask_downsample = layers.Conv(1, 4, 4)
         self.obj_ptr_proj = layers.Mlp(v.hidden_dim, v.hidden_dim, 3)
         self.maskmem_tpos_enc = self.param("maskmem_tpos_enc", small, (NUM_MEMORIES, v.memory_dim))
         self.no_mem_embed = self.param("no_mem_embed", small, (v.hidden_dim,))

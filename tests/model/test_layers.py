@@ -15,6 +15,16 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+def same_with_gradients(ours, plain, *args):
+    """Two functions agree, and so do their gradients for random cotangents."""
+    expected, pull = jax.vjp(plain, *args)
+    got, pull_ours = jax.vjp(ours, *args)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    out = normal(9, *expected.shape)
+    for a, b in zip(pull_ours(out), pull(out), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
 def test_depthwise_on_cpu_is_the_convolution():
     x, kernel = normal(0, 2, 9, 6, 5), normal(1, 7, 7, 1, 5)
 
@@ -28,25 +38,26 @@ def test_depthwise_on_cpu_is_the_convolution():
             feature_group_count=5,
         )
 
-    def weighted(f):
-        return lambda x, k: (f(x, k) * normal(2, 2, 9, 6, 5)).sum()
-
-    np.testing.assert_allclose(layers.depthwise_conv(x, kernel), plain(x, kernel), atol=1e-4)
-    ours = jax.grad(weighted(layers.depthwise_conv), (0, 1))(x, kernel)
-    theirs = jax.grad(weighted(plain), (0, 1))(x, kernel)
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+    same_with_gradients(layers.depthwise_conv, plain, x, kernel)
 
 
-def test_patch_embed_is_a_strided_convolution():
-    images = normal(0, 2, 64, 32, 3)
-    module = hiera.PatchEmbed(8)
-    params = module.init(jax.random.key(1), images)
-    kernel = params["params"]["kernel"]
-    expected = jax.lax.conv_general_dilated(
-        images, kernel, (4, 4), ((3, 3), (3, 3)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    np.testing.assert_allclose(module.apply(params, images), expected, atol=CLOSE)
+@pytest.mark.parametrize("size, stride, pad", [(7, 4, 3), (3, 2, 1), (2, 2, 0), (4, 4, 0)])
+def test_strided_conv_is_the_convolution(size, stride, pad):
+    x, kernel = normal(0, 2, 24, 16, 3), normal(1, size, size, 3, 5)
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            [(pad, pad)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    def ours(x, kernel):
+        return layers.strided_conv(x, kernel, stride, pad)
+
+    same_with_gradients(ours, plain, x, kernel)
 
 
 def test_gelu_is_the_exact_one():

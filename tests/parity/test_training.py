@@ -13,6 +13,7 @@ from tests.parity.conftest import RESOLUTION, close
 
 def make_plan(t: int, cond=(0,), corrected=(), box=(), points=False, from_truth=()) -> PromptPlan:
     """A plan from lists of frames; `from_truth` of (frame, correction)."""
+
     def marks(frames):
         return np.isin(np.arange(t), frames)
 
@@ -145,7 +146,10 @@ def compare_frame(out, frame, valid):
                 ours, our_ious = out.multi_masks[k], out.multi_ious[k]
                 assert out.is_multi[k] == (many == 3)
             else:
-                ours, our_ious = out.single_masks[k - 2, :, :, None], out.single_ious[k - 2, ..., None]
+                ours, our_ious = (
+                    out.single_masks[k - 2, :, :, None],
+                    out.single_ious[k - 2, ..., None],
+                )
             close("low-resolution masks", ours[valid][:, :many], masks, 1e-4)
             close("predicted IoU", our_ious[valid][:, :many], ious, 1e-4)
         score = frame["multistep_object_score_logits"][k][:, 0]
