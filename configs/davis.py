@@ -19,11 +19,14 @@ def get_config(variant: str = "tiny") -> Any:
         c.data.num_frames = 4
         c.data.max_objects = 2
         c.data.batch_size = 2
+        c.prompts.prob_points = 0.3
+        c.prompts.max_cond_frames = 1
+        c.prompts.max_corrected_frames = 1
         c.optim.learning_rate = ((("*",), 1e-3, 1e-5),)
-        c.optim.warmup_steps = 100
+        c.optim.warmup_steps = 200
         c.optim.clip_norm = 1.0
         c.train.log_every = 20
         c.train.eval_every = 1_000
         c.train.precision = "float32"
-        c.train.remat = "none"
+        c.train.remat = "frame"
     return c

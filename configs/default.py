@@ -37,6 +37,8 @@ def get_config(variant: str = "tiny") -> Any:
     c.data.workers = 0  # worker processes; 0: threads of this one
     c.data.synthetic = ConfigDict()
     c.data.synthetic.num_clips = 20_000  # different clips before the first comes again
+    c.data.synthetic.max_objects = 3  # rendered; data.max_objects of them are trained on
+    c.data.synthetic.speed = 1.0  # of all motion
     c.data.synthetic.eval_clips = 16
     c.data.synthetic.eval_frames = 16
 

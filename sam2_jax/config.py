@@ -42,6 +42,7 @@ _AT_LEAST = {
     "data.batch_size": 1,
     "data.workers": 0,
     "data.synthetic.num_clips": 1,
+    "data.synthetic.max_objects": 1,
     "data.synthetic.eval_clips": 1,
     "data.synthetic.eval_frames": 2,
     "prompts.max_cond_frames": 1,

@@ -4,7 +4,7 @@ Source: facebookresearch/sam2@2b90b9f sam2_base.py (_forward_sam_heads) and
 training/model/sam2.py (prepare_prompt_inputs, _iter_correct_pt_sampling).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,9 @@ class Tracking(NamedTuple):
     deterministic: bool
     click: PointSampler
     box: BoxSampler
+    exact: bool  # a branch for every number of memories, or one, masked, for the most there can be
 
-    def call(self, method: str, *args, rngs: dict | None = None, **kwargs):
+    def call(self, method: str, *args, rngs: dict | None = None, **kwargs) -> Any:
         return self.model.apply({"params": self.params}, *args, method=method, rngs=rngs, **kwargs)
 
 
@@ -75,8 +76,8 @@ def first_prompt(tracking: Tracking, visit: Visit, key: PRNGKeyArray) -> Prompt:
 
     def put(points, labels, count: int):
         return Prompt(
-            none.points.at[:, :, :count].set(points),
-            none.labels.at[:, :, :count].set(labels),
+            jnp.asarray(none.points).at[:, :, :count].set(points),
+            jnp.asarray(none.labels).at[:, :, :count].set(labels),
             jnp.int32(count),
         )
 

@@ -24,6 +24,15 @@ class LossWeights(NamedTuple):
     object_class: float = 1.0
 
 
+class Terms(NamedTuple):
+    """The four terms, unweighted."""
+
+    mask: Float[Array, ""]
+    dice: Float[Array, ""]
+    iou: Float[Array, ""]
+    object_class: Float[Array, ""]
+
+
 REFERENCE_WEIGHTS = LossWeights()
 
 
@@ -59,7 +68,7 @@ def pass_terms(
     truth: Bool[Array, "b o y x"],
     valid: Bool[Array, "b o"],
     weights: LossWeights,
-) -> LossWeights:
+) -> Terms:
     """The four terms of one decoder pass, summed over real objects (not yet divided).
 
     Of m masks only those `predicted` count, and only the best (by mask and dice loss) is taught;
@@ -75,7 +84,7 @@ def pass_terms(
     present = truth.any((-2, -1))
     score = jax.nn.softplus(jnp.where(present, -object_score, object_score))
     taught = present & valid
-    return LossWeights(
+    return Terms(
         mask=((mask * best).sum(-1) * taught).sum(),
         dice=((dice * best).sum(-1) * taught).sum(),
         iou=(iou.sum(-1) / predicted.sum() * taught).sum(),
@@ -88,7 +97,7 @@ def frame_terms(
     truth: Bool[Array, "b o h w"],
     valid: Bool[Array, "b o"],
     weights: LossWeights,
-) -> LossWeights:
+) -> Terms:
     """The terms of all passes that happened on one frame."""
     ever = jnp.ones(1, bool)
     first = jnp.array([True, False, False])
@@ -141,10 +150,10 @@ def total(
         terms = frame_terms(frame_out, truth, valid, weights)
         return jax.tree.map(jnp.add, sums, terms), None
 
-    zero = LossWeights(*[jnp.zeros(())] * 4)
+    zero = Terms(*[jnp.zeros(())] * 4)
     sums, _ = jax.lax.scan(jax.checkpoint(one), zero, (out, masks))
     terms = jax.tree.map(lambda x: x / jnp.maximum(valid.sum(), 1), sums)
-    loss = sum(w * t for w, t in zip(weights, terms, strict=True))
+    loss = jnp.stack(terms) @ jnp.asarray(weights, jnp.float32)
     return loss, {
         "loss_mask": terms.mask,
         "loss_dice": terms.dice,

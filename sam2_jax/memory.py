@@ -81,8 +81,8 @@ def _put(slots: Slots, frame, is_cond, value, window: int) -> Slots:
         values=jax.lax.dynamic_update_index_in_dim(
             slots.values, value.astype(slots.values.dtype), at, axis=2
         ),
-        frame=slots.frame.at[at].set(frame),
-        is_cond=slots.is_cond.at[at].set(is_cond),
+        frame=jnp.asarray(slots.frame).at[at].set(frame),
+        is_cond=jnp.asarray(slots.is_cond).at[at].set(is_cond),
         count=slots.count + ~expired.any(),
     )
 

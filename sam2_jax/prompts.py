@@ -156,6 +156,7 @@ def noisy_box(
     it the box [w, h, -1, -1], a positive prompt for nothing (its issue 470).
     """
     h, w = truth.shape[-2:]
+    truth = jnp.asarray(truth)
     rows, cols = truth.any(-1), truth.any(-2)
     top, bottom = rows.argmax(-1), h - 1 - rows[..., ::-1].argmax(-1)
     left, right = cols.argmax(-1), w - 1 - cols[..., ::-1].argmax(-1)

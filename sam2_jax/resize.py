@@ -5,6 +5,7 @@ Two products with fixed matrices, written so that XLA transposes nothing at full
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ def bilinear_matrix(out_size: int, in_size: int) -> Float[np.ndarray, "o i"]:
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def resize(logits: Float[Array, "*n h w"], size: tuple[int, int]) -> Float[Array, "*n y x"]:
+def resize(logits: Float[Array, "*n h w"], size: Sequence[int]) -> Float[Array, "*n y x"]:
     """Bilinear interpolation up, antialiased bilinear reduction down, to (height, width)."""
     rows, cols = (
         jnp.asarray(bilinear_matrix(new, old), logits.dtype)

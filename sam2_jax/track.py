@@ -56,7 +56,7 @@ def track(
     Returns outputs with a leading axis of frames, in frame order.
     """
     b, t = batch.images.shape[:2]
-    tracking = Tracking(model, params, t, plan.from_truth.shape[1], deterministic, click, box)
+    tracking = Tracking(model, params, t, plan.from_truth.shape[1], deterministic, click, box, True)
     key, encoder_key = jax.random.split(key)
     encode = partial(encode_frames, tracking)
     features = (jax.checkpoint(encode) if remat == "full" else encode)(batch.images, encoder_key)
@@ -139,11 +139,11 @@ def condition(
         )
 
     most = min(tracking.num_frames - 1, bank.memory.frame.shape[0])
+    counts = range(1, most + 1) if tracking.exact else [most]
     # Recomputed in the backward pass: else every visit would hold the insides of all branches
-    branches = [alone] + [
-        jax.checkpoint(partial(remembering, count)) for count in range(1, most + 1)
-    ]
-    return jax.lax.switch(jnp.where(visit.is_cond, 0, bank.memory.count), branches)
+    branches = [alone] + [jax.checkpoint(partial(remembering, count)) for count in counts]
+    branch = bank.memory.count if tracking.exact else 1
+    return jax.lax.switch(jnp.where(visit.is_cond, 0, branch), branches)
 
 
 def finish(

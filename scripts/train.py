@@ -174,6 +174,15 @@ def main(config: Any) -> None:
         config, run.train_source, jax.process_index(), jax.process_count()
     )
     batches = iter(loader)
+    try:
+        train_on(config, run, batches)
+    finally:
+        if config.data.workers:
+            batches.close()  # worker processes and their shared memory
+
+
+def train_on(config: Any, run: Run, batches: Any) -> None:
+    """`main` with the loader's iterator open."""
     state, origin = start(config, run, batches)
     introduce(config, run, origin)
     if run.latest is not None and run.latest >= config.train.steps:

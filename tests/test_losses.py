@@ -67,7 +67,7 @@ def by_definition(out, truth, valid):
         for i, (masks, ious, multi) in enumerate(passes):
             score = float(out.object_scores[t, i, b, o])
             present = target.any()
-            sums["loss_class"] += -np.log(sigmoid(np.array(score if present else -score)))
+            sums["loss_class"] += -float(np.log(sigmoid(np.array(score if present else -score))))
             if not present:
                 continue
             terms = []
@@ -83,7 +83,7 @@ def by_definition(out, truth, valid):
             best = min(terms)
             sums["loss_mask"] += best[1]
             sums["loss_dice"] += best[2]
-            sums["loss_iou"] += np.mean([x[3] for x in terms])
+            sums["loss_iou"] += float(np.mean([x[3] for x in terms]))
     return {k: v / valid.sum() for k, v in sums.items()}
 
 

@@ -121,10 +121,10 @@ def _synthetic(
         num_clips=num_clips,
         num_frames=num_frames,
         size=config.model.resolution,
-        max_objects=config.data.max_objects,
+        max_objects=config.data.synthetic.max_objects,
         seed=seed,
         stream=stream,
-        speed=config.data.synthetic.get("speed", 1.0),
+        speed=config.data.synthetic.speed,
     )
 
 

@@ -87,15 +87,15 @@ def strided_conv(
         far = (reach - 1) * stride - pad
         x = jnp.pad(x, ((0, 0), (pad, far), (pad, far), (0, 0)))
         x = x.reshape(n, rows + reach - 1, stride, cols + reach - 1, stride, c)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows + reach - 1, cols + reach - 1, -1)
-        rest = reach * stride - size
-        k = jnp.pad(kernel, ((0, rest), (0, rest), (0, 0), (0, 0)))
-        k = k.reshape(reach, stride, reach, stride, c, -1).transpose(0, 2, 1, 3, 4, 5)
-        k = k.reshape(reach, reach, stride * stride * c, -1)
-        parts = [
-            x[:, i : i + rows, j : j + cols] @ k[i, j] for i in range(reach) for j in range(reach)
-        ]
-        return sum(parts[1:], parts[0])
+        x = x.transpose(0, 1, 3, 2, 4, 5)
+        out = 0.0
+        for i in range(reach):
+            for j in range(reach):
+                taps = kernel[i * stride : (i + 1) * stride, j * stride : (j + 1) * stride]
+                part = x[:, i : i + rows, j : j + cols, : taps.shape[0], : taps.shape[1]]
+                depth = taps.shape[0] * taps.shape[1] * c
+                out += part.reshape(n, rows, cols, depth) @ taps.reshape(depth, -1)
+        return out
 
     return jax.lax.platform_dependent(x, kernel, cpu=blocks, default=default)
 

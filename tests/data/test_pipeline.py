@@ -23,7 +23,13 @@ def config(**data):
                 "hflip": 0.5,
                 "reverse": 0.5,
                 "workers": 0,
-                "synthetic": {"num_clips": 10, "eval_clips": 3, "eval_frames": 5, "speed": 1.0},
+                "synthetic": {
+                    "num_clips": 10,
+                    "max_objects": 2,
+                    "eval_clips": 3,
+                    "eval_frames": 5,
+                    "speed": 1.0,
+                },
             }
             | data,
         }

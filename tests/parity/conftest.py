@@ -2,6 +2,7 @@
 
 `--parity-seed` draws other weights, clips and prompts; `--parity-variant` takes another size.
 """
+# pyright: reportMissingImports=false
 
 import importlib.util
 from collections.abc import Mapping
@@ -32,17 +33,20 @@ class Pair(NamedTuple):
     params: Mapping
 
 
-def close(part: str, ours, theirs, tolerance: float = 1e-5, scale: float = 0.0) -> None:
+def close(
+    part: str, ours, theirs, tolerance: float = 1e-5, scale: float = 0.0, name: str = ""
+) -> float:
     """Assert equality up to `tolerance` times the largest magnitude (at least `scale`)."""
     if hasattr(theirs, "detach"):
         theirs = theirs.detach().numpy()
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape, f"{part}: {ours.shape} {theirs.shape}"
-    assert np.isfinite(theirs).all(), part
+    assert ours.shape == theirs.shape, f"{part} {name}: {ours.shape} {theirs.shape}"
+    assert np.isfinite(theirs).all(), f"{part} {name}"
     scale = max(float(np.abs(theirs).max(initial=0)), scale, 1e-30)
     error = float(np.abs(ours - theirs).max(initial=0)) / scale
     ERRORS[part] = max(error, ERRORS.get(part, 0.0))
-    assert error <= tolerance, f"{part}: {error:.2e} > {tolerance:.0e}"
+    assert error <= tolerance, f"{part} {name}: {error:.2e} > {tolerance:.0e}"
+    return error
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +56,7 @@ def seed(request) -> int:
 
 @pytest.fixture(scope="session")
 def make_pair(request, seed):
-    """A function version -> Pair, each built once."""
+    """A function kind -> Pair, each built once: "2.0", "2.1" or "faint" (2.1, see `build`)."""
     import jax
     import torch
 
@@ -64,14 +68,14 @@ def make_pair(request, seed):
     name = request.config.getoption("--parity-variant")
     made: dict[str, Pair] = {}
 
-    def make(version: str = "2.1") -> Pair:
-        if version not in made:
-            model = make_sam2(name, RESOLUTION, version)
-            theirs = reference.build(model.variant, RESOLUTION, version, seed)
+    def make(kind: str) -> Pair:
+        if kind not in made:
+            model = make_sam2(name, RESOLUTION, "2.1" if kind == "faint" else kind)
+            theirs = reference.build(model.variant, RESOLUTION, kind, seed)
             like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
             params = from_reference(reference.state_of(theirs), like)
-            made[version] = Pair(theirs, model, params)
-        return made[version]
+            made[kind] = Pair(theirs, model, params)
+        return made[kind]
 
     return make
 

@@ -2,6 +2,7 @@
 
 Settings are those of its sam2.1_hiera_b+_MOSE_finetune.yaml, without dropout.
 """
+# pyright: reportMissingImports=false
 
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, Memory
 from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import RoPEAttention, TwoWayTransformer
+from sam2.modeling.sam2_utils import LayerNorm2d
 from training.loss_fns import MultiStepMultiMasksAndIous
 from training.model.sam2 import SAM2Train
 
@@ -52,8 +54,12 @@ class Reference(SAM2Train):
             )
 
 
-def build(v: Variant, resolution: int, version: str, seed: int) -> Reference:
-    """The reference's training model at our variant's dimensions, every tensor perturbed."""
+def build(v: Variant, resolution: int, kind: str, seed: int) -> Reference:
+    """The reference's training model at our variant's dimensions, every tensor random.
+
+    `kind` is a version, or "faint": version 2.1 with all weights so small that norms see numbers
+    beside which their epsilon matters.
+    """
     torch.manual_seed(seed)
     c, d = v.hidden_dim, v.memory_dim
     trunk = Hiera(
@@ -93,9 +99,9 @@ def build(v: Variant, resolution: int, version: str, seed: int) -> Reference:
         fuser=Fuser(CXBlock(c), num_layers=2),
         in_dim=c,
     )
-    latest = version == "2.1"
-    kind: Any = type("Sized", (Reference,), {"decoder_mlp_dim": v.decoder_mlp_dim})
-    model = kind(
+    latest = kind != "2.0"
+    sized: Any = type("Sized", (Reference,), {"decoder_mlp_dim": v.decoder_mlp_dim})
+    model = sized(
         ImageEncoder(trunk, neck, scalp=1),
         MemoryAttention(c, True, layer, v.memory_layers),
         memory_encoder,
@@ -133,6 +139,12 @@ def build(v: Variant, resolution: int, version: str, seed: int) -> Reference:
         num_correction_pt_per_frame=CORRECTIONS,
     ).train()
     randomise(model)
+    if kind == "faint":
+        norms = [m for m in model.modules() if isinstance(m, (torch.nn.LayerNorm, LayerNorm2d))]
+        kept = {id(x) for norm in norms for x in norm.parameters()}
+        with torch.no_grad():
+            for x in model.parameters():
+                x *= 1.0 if id(x) in kept else 0.02
     return model
 
 
@@ -149,8 +161,13 @@ def randomise(model: torch.nn.Module) -> None:
                 x += 0.3 * torch.randn_like(x)
 
 
+def score_bias(model: Any) -> torch.Tensor:
+    """What is added to all object scores."""
+    return model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias
+
+
 def balance(model: Reference, frames: list[dict]) -> None:
-    """Shift the object scores so that, of those in `frames`, as many are positive as negative."""
+    """Shift the object scores in `frames` so that both signs occur, none near zero."""
     scores = [
         score.flatten()
         for frame in frames
@@ -158,10 +175,12 @@ def balance(model: Reference, frames: list[dict]) -> None:
         for score in frame["multistep_object_score_logits"]
     ]
     ordered = torch.cat(scores).sort().values
-    middle = len(ordered) // 2
+    third = len(ordered) // 3
+    middle = ordered[third : len(ordered) - third]
+    widest = int((middle[1:] - middle[:-1]).argmax())
     with torch.no_grad():
-        bias = model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias
-        bias -= (ordered[middle - 1] + ordered[middle]) / 2
+        bias = score_bias(model)
+        bias -= (middle[widest] + middle[widest + 1]) / 2
 
 
 def state_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -216,7 +235,8 @@ def train_forward(model: Reference, batch: Batch, plan: PromptPlan):
         masks=torch.tensor(batch.masks[video, :, slot]).transpose(0, 1),
         flat_obj_to_img_idx=[torch.tensor(video * t + i) for i in range(t)],
     )
-    model.rng = Script(plan)
+    script: Any = Script(plan)
+    model.rng = script
     drawn: list[tuple[str, Any, Any]] = []
 
     def recording(name):
@@ -231,7 +251,7 @@ def train_forward(model: Reference, batch: Batch, plan: PromptPlan):
 
     with recording("get_next_point"), recording("sample_box_points"):
         backbone = model.prepare_prompt_inputs(model.forward_image(clips.flat_img_batch), clips)
-        outputs = model.forward_tracking(backbone, clips, return_dict=True)
+        outputs: Any = model.forward_tracking(backbone, clips, return_dict=True)
     order = backbone["init_cond_frames"] + backbone["frames_not_in_init_cond"]
     frames = outputs["cond_frame_outputs"] | outputs["non_cond_frame_outputs"]
     frames = [frames[i] for i in range(t)]
@@ -251,14 +271,14 @@ def train_forward(model: Reference, batch: Batch, plan: PromptPlan):
                 for k in range(CORRECTIONS):
                     _, where, what = drawn.pop(0)
                     points[i, 1 + k], labels[i, 1 + k] = where[:, 0], what[:, 0]
-    assert not drawn and not model.rng.answers
+    assert not drawn and not script.answers
     criterion = MultiStepMultiMasksAndIous(
         weight_dict={"loss_mask": 20, "loss_dice": 1, "loss_iou": 1, "loss_class": 1},
         supervise_all_iou=True,
         iou_use_l1_loss=True,
         pred_obj_scores=True,
-        focal_gamma_obj_score=0.0,
-        focal_alpha_obj_score=-1.0,
+        focal_gamma_obj_score=0,
+        focal_alpha_obj_score=-1,
     )
     losses = criterion(frames, clips.masks)
     return frames, losses, (points, labels, boxes)
