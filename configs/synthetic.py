@@ -19,18 +19,18 @@ def get_config(variant: str = "nano") -> Any:
     c.data.batch_size = 2
     c.data.synthetic.speed = 0.8
 
-    # Evaluation gives the first frame's mask: so do most steps, and they cost less than clicks
-    c.prompts.prob_points = 0.3
+    # Evaluation gives the first frame's mask: so does training
+    c.prompts.prob_points = 0.0
     c.prompts.max_cond_frames = 1
     c.prompts.max_corrected_frames = 1
 
-    c.optim.learning_rate = ((("*",), 1e-3, 1e-5),)
+    c.optim.learning_rate = ((("*",), 6e-4, 6e-6),)
     c.optim.warmup_steps = 200
     c.optim.clip_norm = 1.0
 
-    c.train.steps = 12_000
+    c.train.steps = 8_000
     c.train.log_every = 20
-    c.train.eval_every = 3_000
+    c.train.eval_every = 2_000
     c.train.precision = "float32"
     c.train.remat = "frame"  # on a CPU also the faster choice: less to store and fetch
     c.checkpoint.every_steps = 500

@@ -164,6 +164,8 @@ def make_optim_settings(config: Any) -> optim.OptimSettings:
 def make_config_step(config: Any, model: Any, optimizer: optim.Optimizer, mesh: Mesh) -> TrainStep:
     """The step that a config describes, not yet jitted."""
     settings = prompts.PromptSettings(**config.prompts)
+    if settings.prob_points == 0 and config.data.num_frames > 1:
+        settings = settings._replace(corrections=0)  # never drawn: not compiled either
     weights = losses.LossWeights(**config.loss)
     # Corrected frames, too, become conditioning frames
     max_cond = max(settings.max_cond_frames, settings.max_corrected_frames)

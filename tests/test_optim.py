@@ -20,7 +20,7 @@ PARAMS = {
     "obj_ptr_proj": {"kernel": (2, 2)},
     "obj_ptr_tpos_proj": {"kernel": (2, 2)},
     "mask_downsample": {"kernel": (2, 2), "bias": (1,)},
-    "sam_prompt_encoder": {"pe_layer": {"gaussian": (2, 4)}},
+    "sam_prompt_encoder": {"gaussian": (2, 4)},
     "maskmem_tpos_enc": (7, 2),
     "no_mem_embed": (2,),
     "no_mem_pos_enc": (2,),
@@ -172,7 +172,7 @@ def test_adamw_equals_torch():
     kinds = ["single", "clicks", "masks", "masks", "single", "clicks"]
     start, grads, params, _ = run(kinds)
     tensors = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in flat(start).items()}
-    del tensors["sam_prompt_encoder/pe_layer/gaussian"]
+    del tensors["sam_prompt_encoder/gaussian"]
     groups = []
     for k, tensor in tensors.items():
         decay = 0.0 if "bias" in k or k.endswith("/scale") else 0.1
@@ -218,7 +218,7 @@ def test_every_group_has_its_rules():
     assert optimizer.labels["image_encoder/trunk/norm/scale"] == "lr0_wd0"
     assert optimizer.labels["image_encoder/neck/norm/weight"] == "lr0_wd1"  # LayerNorm2d decays
     assert optimizer.labels["mask_downsample/bias"] == "lr1_wd0"
-    assert optimizer.labels["sam_prompt_encoder/pe_layer/gaussian"] == optim.FROZEN
+    assert optimizer.labels["sam_prompt_encoder/gaussian"] == optim.FROZEN
     assert set(optimizer.schedules) == {"learning_rate", "learning_rate/image_encoder"}
     sizes = optim.group_sizes(optimizer, draw(0))
     assert sizes[optim.FROZEN] == (1, 8)

@@ -73,10 +73,8 @@ def step():
         total, terms = losses.total(out, batch.masks.swapaxes(0, 1), batch.valid)
         return total, (terms, out)
 
-    # Half the time to compile, and what runs runs briefly
-    quick = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 1}
-    forward = jax.jit(loss, static_argnums=1, compiler_options=quick)
-    both = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1, compiler_options=quick)
+    forward = jax.jit(loss, static_argnums=1)
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
 
     def call(with_gradient, *args):
         done = both(*args) if with_gradient else (forward(*args), None)
