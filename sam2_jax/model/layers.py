@@ -88,7 +88,7 @@ def strided_conv(
         x = jnp.pad(x, ((0, 0), (pad, far), (pad, far), (0, 0)))
         x = x.reshape(n, rows + reach - 1, stride, cols + reach - 1, stride, c)
         x = x.transpose(0, 1, 3, 2, 4, 5)
-        out = 0.0
+        out = jnp.zeros((n, rows, cols, kernel.shape[-1]), jnp.result_type(x, kernel))
         for i in range(reach):
             for j in range(reach):
                 taps = kernel[i * stride : (i + 1) * stride, j * stride : (j + 1) * stride]
