@@ -66,7 +66,7 @@ def get_config(variant: str = "tiny") -> Any:
         (("*bias*", "*/scale"), 0.0),
         (("*",), 0.1),
     )
-    c.optim.frozen = ("*/gaussian",)  # the prompt encoder's random frequencies: a buffer
+    c.optim.frozen = ()  # globs; the prompt encoder's random frequencies, a buffer, always are
     c.optim.warmup_steps = 0
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999

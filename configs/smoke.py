@@ -6,10 +6,11 @@ from configs import synthetic
 
 
 def get_config(variant: str = "nano") -> Any:
-    """Ends within five minutes on two cores, compilation included."""
+    """Ends within five minutes on two cores, compilation included; masks, clicks and boxes."""
     c = synthetic.get_config(variant)
     c.data.synthetic.eval_clips = 4
     c.data.synthetic.eval_frames = 8
+    c.prompts.prob_points = 0.5
     c.optim.warmup_steps = 20
     c.train.steps = 200
     c.train.log_every = 5

@@ -5,6 +5,7 @@ The checkpoint of step N, that is after N updates, is `checkpoints/N/` with the 
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -14,12 +15,15 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from sam2_jax import convert
 from sam2_jax.optim import paths_of
 from sam2_jax.types import UserError
 
 Tree = Any
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+OFFICIAL = ".pt"  # suffix of the reference's own weights
+MEND = "put back what scripts/train.py wrote, or delete it to go on with the settings given now"
 ARRAYS = "_METADATA"  # marks a folder in which Orbax keeps one tree of arrays
 NAMED_DIFFERENCES = 3  # so many are spelt out in a message, the others are counted
 
@@ -76,7 +80,7 @@ def restore(
                     data=grain.checkpoint.CheckpointRestore(data),  # pyright: ignore
                 ),
             )
-    except (KeyError, ValueError) as e:
+    except (IndexError, KeyError, ValueError) as e:
         raise UserError(
             f"{folder}: the position in the data cannot be restored ({e}); go on with the same "
             "data.workers, data.source and number of processes, or take a new --workdir"
@@ -113,6 +117,11 @@ def listed(texts: Iterable[str]) -> str:
 
 def check_arrays(folder: pathlib.Path, like: Tree, of: str) -> None:
     """Raises `UserError` unless the arrays in `folder` have the paths and shapes of `like`."""
+    if not (folder / ARRAYS).exists():
+        raise UserError(
+            f"{folder} is missing or holds no arrays: this checkpoint is not whole; delete "
+            f"{folder.parent} to take an earlier one, or take another folder"
+        )
     wanted = {
         path: tuple(leaf.shape)
         for path, leaf in zip(paths_of(like), jax.tree.leaves(like), strict=True)
@@ -124,12 +133,36 @@ def check_arrays(folder: pathlib.Path, like: Tree, of: str) -> None:
         )
 
 
-def check_same_model(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Raises `UserError` if the workdir's checkpoints belong to another `model` section."""
+def write_config(workdir: pathlib.Path, text: str) -> None:
+    """Writes the workdir's config.json, whole or not at all; makes the workdir if need be."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    whole = workdir / f"{CONFIG}.tmp"
+    with whole.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(whole, workdir / CONFIG)
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What the workdir's config.json holds, None if there is none; `UserError` if it is torn."""
     path = workdir / CONFIG
     if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}): {MEND}") from e
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no settings: {MEND}")
+    return config
+
+
+def check_same_model(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Raises `UserError` if the workdir's checkpoints belong to another `model` section."""
+    before = (read_config(workdir) or {}).get("model")
+    if before is None:
         return
-    before = json.loads(path.read_text()).get("model", {})
     now = json.loads(json.dumps(config["model"]))
     # Dropout may change from one start to the next: it makes no other parameters.
     keys = [key for key in ("variant", "version", "resolution") if before.get(key) != now.get(key)]
@@ -143,8 +176,8 @@ def check_same_model(workdir: pathlib.Path, config: dict[str, Any]) -> None:
 
 def changed_keys(workdir: pathlib.Path, flat: dict[str, Any]) -> list[str]:
     """'key: old -> new' for what differs from the workdir's config.json, by dotted key."""
-    path = workdir / CONFIG
-    if not path.exists():
+    config = read_config(workdir)
+    if config is None:
         return []
 
     def walk(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -154,7 +187,7 @@ def changed_keys(workdir: pathlib.Path, flat: dict[str, Any]) -> list[str]:
             k: v for name, sub in node.items() for k, v in walk(sub, f"{prefix}{name}.").items()
         }
 
-    before = walk(json.loads(path.read_text()))
+    before = walk(config)
     now = json.loads(json.dumps(flat))
     return [
         f"{key}: {before.get(key)!r} -> {value!r}"
@@ -166,11 +199,17 @@ def changed_keys(workdir: pathlib.Path, flat: dict[str, Any]) -> list[str]:
 def find_params(path: pathlib.Path) -> pathlib.Path:
     """The folder with a parameter tree, given it, a step, a `checkpoints` folder or a workdir.
 
-    Of several steps the latest. Raises `UserError`, which says what was found instead.
+    Of several steps the latest. An official .pt file is returned as it is. Raises `UserError`,
+    which says what was found instead.
     """
-    hint = "expected a workdir, its checkpoints/, one step of it, or an Orbax folder of parameters"
+    hint = (
+        "expected a workdir, its checkpoints/, one step of it, an Orbax folder of parameters, or "
+        "an official .pt file"
+    )
     if not path.exists():
         raise UserError(f"checkpoint.init_from={path} does not exist: {hint}")
+    if path.is_file() and path.suffix == OFFICIAL:
+        return path
     if not path.is_dir():
         raise UserError(f"checkpoint.init_from={path} is a file: {hint}")
     if (path / CHECKPOINTS).is_dir():
@@ -187,11 +226,39 @@ def find_params(path: pathlib.Path) -> pathlib.Path:
 
 
 def load_init(path: pathlib.Path | str, like: Tree) -> Tree:
-    """Parameters from an Orbax folder (see `find_params`), laid out as `like` says.
+    """Parameters from what `find_params` takes, laid out as `like` says.
 
     `like` is a tree of shapes with shardings. Raises `UserError` naming parameters that differ.
     """
     folder = find_params(pathlib.Path(path))
+    if folder.is_file():
+        return load_official(folder, like)
     check_arrays(folder, like, "this config's model (checkpoint.init_from)")
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder.resolve(), like)
+
+
+def load_official(path: pathlib.Path, like: Tree) -> Tree:
+    """Parameters from a .pt file as facebookresearch/sam2 publishes them: {"model": state dict}.
+
+    Only tensors are read, nothing is unpickled that could run code. `like` as in `load_init`.
+    """
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise UserError(f"{path}: PyTorch is needed to read it: pip install torch") from e
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    except Exception as e:  # torch raises almost anything for a file that is not one of its own
+        raise UserError(
+            f"{path} cannot be read as official weights ({type(e).__name__}): expected a file of "
+            "PyTorch with nothing but tensors under 'model'"
+        ) from e
+    try:
+        params = convert.from_reference(arrays, like)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    return jax.tree.map(
+        lambda wanted, x: jax.device_put(x.astype(wanted.dtype), wanted.sharding), like, params
+    )

@@ -25,6 +25,7 @@ REMATS = ("none", "frame", "full")
 SOURCES = ("folder", "synthetic", "tfds")
 VERSIONS = ("2.0", "2.1")
 STRIDE = 32  # of the trunk's coarsest level
+SCORED = 3  # frames that a clip needs for one to be scored: the first and the last are not
 
 _PROBABILITIES = (
     "data.hflip",
@@ -44,7 +45,7 @@ _AT_LEAST = {
     "data.synthetic.num_clips": 1,
     "data.synthetic.max_objects": 1,
     "data.synthetic.eval_clips": 1,
-    "data.synthetic.eval_frames": 2,
+    "data.synthetic.eval_frames": SCORED,
     "prompts.max_cond_frames": 1,
     "prompts.max_corrected_frames": 1,
     "prompts.corrections": 0,
@@ -57,6 +58,7 @@ _AT_LEAST = {
     "eval.max_clips": 0,
     "eval.max_frames": 0,
 }
+_POSITIVE = ("optim.clip_norm", "data.synthetic.speed")
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -104,6 +106,14 @@ def check(config: Config) -> None:
     for key in _PROBABILITIES:
         if not 0 <= flat[key] <= 1:
             raise UserError(f"{key}={flat[key]} must be between 0 and 1")
+    for key in _POSITIVE:
+        if not flat[key] > 0:
+            raise UserError(f"{key}={flat[key]} must be greater than 0")
+    if 0 < config.eval.max_frames < SCORED:
+        raise UserError(
+            f"eval.max_frames={config.eval.max_frames} must be 0 (all) or at least {SCORED}: the "
+            "first and the last frame are not scored"
+        )
     if config.prompts.max_corrected_frames < config.prompts.max_cond_frames:
         raise UserError(
             f"prompts.max_corrected_frames={config.prompts.max_corrected_frames} must be at least "
@@ -116,6 +126,8 @@ def check(config: Config) -> None:
             if not (isinstance(rule, tuple) and len(rule) == width and isinstance(rule[0], tuple)):
                 form = "(globs, start, end)" if width == 3 else "(globs, value)"
                 raise UserError(f"{key}: rule {rule!r} must be {form}, globs a tuple of strings")
+            if key == "optim.learning_rate" and not min(rule[1:]) >= 0:
+                raise UserError(f"{key}: the rates of rule {rule!r} must be at least 0")
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 from sam2_jax.model.sam2 import Sam2
 from sam2_jax.prompts import BoxSampler, PointSampler
 from sam2_jax.resize import resize
-from sam2_jax.types import Array, Features
+from sam2_jax.types import Array, Decoded, Features
 
+DELTA, STABLE = 0.05, 0.98  # of a mask's stability
 NO_OBJECT = -1024.0  # mask logit of an object that is predicted absent
 
 
@@ -42,6 +43,8 @@ class Tracking(NamedTuple):
     click: PointSampler
     box: BoxSampler
     exact: bool  # a branch for every number of memories, or one, masked, for the most there can be
+    points: bool  # whether plans may give points at all
+    stability: bool  # unstable single masks give way to the best of three: evaluation only
 
     def call(self, method: str, *args, rngs: dict | None = None, **kwargs) -> Any:
         return self.model.apply({"params": self.params}, *args, method=method, rngs=rngs, **kwargs)
@@ -69,9 +72,9 @@ class Prediction(NamedTuple):
 def first_prompt(tracking: Tracking, visit: Visit, key: PRNGKeyArray) -> Prompt:
     """A click or a box where the plan gives one, else no points."""
     b, o = visit.truth.shape[:2]
-    slots = 2 + tracking.corrections if tracking.corrections else 1
+    slots = 2 + tracking.corrections if tracking.points else 1
     none = Prompt(jnp.zeros((b, o, slots, 2)), jnp.full((b, o, slots), -1, jnp.int32), jnp.int32(0))
-    if not tracking.corrections:
+    if not tracking.points:
         return none
 
     def put(points, labels, count: int):
@@ -109,6 +112,25 @@ def dense_prompt(tracking: Tracking, visit: Visit) -> Float[Array, "b o h w c"]:
     return dense.reshape(b, o, *dense.shape[1:])
 
 
+def prefer_stable(decoded: Decoded) -> Decoded:
+    """Replaces a single mask (and its IoU) that is unstable by the best of the other three.
+
+    Stable means that the areas above +0.05 and above -0.05 differ by at most 2 %. The mask token,
+    of which the object pointer is made, stays. Source: sam/mask_decoder.py
+    (_dynamic_multimask_via_stability), which the reference uses in evaluation only.
+    """
+    low, high = ((decoded.masks[:, 0] > edge).sum((-2, -1)) for edge in (-DELTA, DELTA))
+    stable = high >= STABLE * low  # also where both are empty
+    best = decoded.ious[:, 1:].argmax(-1)
+    use = jnp.where(stable, 0, 1 + best)
+    mask = jnp.take_along_axis(decoded.masks, use[:, None, None, None], 1)
+    iou = jnp.take_along_axis(decoded.ious, use[:, None], 1)
+    return decoded._replace(
+        masks=jnp.concatenate([mask, decoded.masks[:, 1:]], 1),
+        ious=jnp.concatenate([iou, decoded.ious[:, 1:]], 1),
+    )
+
+
 def predict(
     tracking: Tracking,
     visit: Visit,
@@ -138,6 +160,8 @@ def predict(
         used,
         rows(dense),
     )
+    if tracking.stability:
+        decoded = prefer_stable(decoded)
     decoded = jax.tree.map(lambda x: x.reshape(b, o, *x.shape[1:]), decoded)
     present = decoded.object_score > 0
     # The reference's hard choice: an object predicted absent has no mask, and no gradient to it

@@ -168,7 +168,11 @@ def run_loop(
             finish(*pending)
             pending = None
             if evaluates and evaluate:
-                row = evaluate(state.params, step)
+                try:
+                    row = evaluate(state.params, step)
+                except UserError:
+                    save(step, state)  # what was learnt is not lost to a bad evaluation set
+                    raise
                 if records:
                     records.write(step, row)
             if saves:

@@ -20,6 +20,7 @@ from sam2_jax.types import Array, PromptPlan, UserError
 
 Tree = Any  # a nested dict of arrays, or what mirrors one
 FROZEN = "frozen"
+BUFFERS = ("*/gaussian",)  # frozen in any case: the prompt encoder's random frequencies
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
@@ -28,7 +29,7 @@ class OptimSettings(NamedTuple):
 
     learning_rate: tuple[tuple[Sequence[str], float, float], ...]  # globs, start, end
     weight_decay: tuple[tuple[Sequence[str], float], ...]  # globs, value
-    frozen: Sequence[str]  # globs; these get neither updates nor moments
+    frozen: Sequence[str]  # globs; these and BUFFERS get neither updates nor moments
     steps: int
     warmup_steps: int
     b1: float
@@ -226,8 +227,9 @@ def make_optimizer(settings: OptimSettings, shapes: Tree, version: str) -> Optim
     paths = paths_of(shapes)
     rates = match_rules([r[0] for r in settings.learning_rate], paths, "optim.learning_rate")
     decays = match_rules([r[0] for r in settings.weight_decay], paths, "optim.weight_decay")
-    freeze = [*([tuple(settings.frozen)] if settings.frozen else []), ("*",)]
-    is_frozen = [len(freeze) - 1 != i for i in match_rules(freeze, paths, "optim.frozen")]
+    buffers = [glob for glob in BUFFERS if any(fnmatch.fnmatchcase(path, glob) for path in paths)]
+    freeze = [(*buffers, *settings.frozen), ("*",)]
+    is_frozen = [i == 0 for i in match_rules(freeze, paths, "optim.frozen")]
 
     rules = activity_rules(version)
     groups = match_rules([globs for _, globs in rules], paths, "optim.activity_rules")

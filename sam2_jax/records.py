@@ -43,9 +43,8 @@ class Records:
         self.path = workdir / "metrics.jsonl"
         cut_after(self.path, step)
         self._file = self.path.open("a")
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        # Given at step 0, too: a run may have died before its first checkpoint.
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row: `step`, then the values. Readable at once."""

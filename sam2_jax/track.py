@@ -41,6 +41,8 @@ def track(
     click: PointSampler = uniform_click,
     box: BoxSampler = noisy_box,
     remat: str = "none",
+    points: bool = True,
+    stability: bool = False,
 ) -> FrameOut:
     """Segment every object on every frame of a batch of clips, prompted as the plan says.
 
@@ -52,11 +54,24 @@ def track(
       click, box: samplers, replaceable (`prompts.centre_click` for evaluation).
       remat: what the backward pass computes again: "none"; "frame": each visit; "full": also
         the image encoder.
+      points: False where the plan never gives points; their programs are then left out.
+      stability: unstable single masks give way to the best of three, as in evaluation.
 
     Returns outputs with a leading axis of frames, in frame order.
     """
     b, t = batch.images.shape[:2]
-    tracking = Tracking(model, params, t, plan.from_truth.shape[1], deterministic, click, box, True)
+    tracking = Tracking(
+        model,
+        params,
+        num_frames=t,
+        corrections=plan.from_truth.shape[1],
+        deterministic=deterministic,
+        click=click,
+        box=box,
+        exact=True,
+        points=points,
+        stability=stability,
+    )
     key, encoder_key = jax.random.split(key)
     encode = partial(encode_frames, tracking)
     features = (jax.checkpoint(encode) if remat == "full" else encode)(batch.images, encoder_key)

@@ -130,14 +130,16 @@ def jit_step(step: TrainStep, shapes: State, mesh: Mesh) -> TrainStep:
     )
 
 
-def make_loss(model: Any, weights: losses.LossWeights, remat: str, max_cond: int) -> LossFn:
+def make_loss(
+    model: Any, weights: losses.LossWeights, remat: str, max_cond: int, points: bool
+) -> LossFn:
     """Loss of tracking a batch through a plan with all that training has of randomness."""
 
     def loss_fn(
         params: Params, batch: Batch, plan: PromptPlan, key: RandomKey
     ) -> tuple[Array, Metrics]:
         out = track.track(
-            model, params, batch, plan, key, deterministic=False, max_cond=max_cond, remat=remat
+            model, params, batch, plan, key, max_cond=max_cond, remat=remat, points=points
         )
         masks = jnp.moveaxis(jnp.asarray(batch.masks), 1, 0)
         return losses.total(out, masks, batch.valid, weights)
@@ -164,14 +166,15 @@ def make_optim_settings(config: Any) -> optim.OptimSettings:
 def make_config_step(config: Any, model: Any, optimizer: optim.Optimizer, mesh: Mesh) -> TrainStep:
     """The step that a config describes, not yet jitted."""
     settings = prompts.PromptSettings(**config.prompts)
-    if settings.prob_points == 0 and config.data.num_frames > 1:
-        settings = settings._replace(corrections=0)  # never drawn: not compiled either
+    points = settings.prob_points > 0 or config.data.num_frames == 1
+    if not points:
+        settings = settings._replace(corrections=0)
     weights = losses.LossWeights(**config.loss)
     # Corrected frames, too, become conditioning frames
     max_cond = max(settings.max_cond_frames, settings.max_corrected_frames)
     return make_train_step(
         optimizer,
-        loss_fn=make_loss(model, weights, config.train.remat, max_cond),
+        loss_fn=make_loss(model, weights, config.train.remat, max_cond, points),
         sample_plan=lambda key: prompts.sample_plan(key, config.data.num_frames, settings),
         precision=config.train.precision,
         gather=make_gather(mesh),

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
+from jax._src.clusters import GceTpuCluster  # JAX has no public way to ask before connecting
 from ml_collections import config_flags
 
 from sam2_jax import checkpoint, evaluate, loop, optim, plots, sharding, train
@@ -30,14 +31,30 @@ from sam2_jax.types import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run lives; empty: runs/CONFIG-VARIANT.")
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", "", "HOST:PORT of process 0; SLURM, Open MPI and TPUs need no flags."
+    "coordinator_address", "", "HOST:PORT of process 0; SLURM, Open MPI 4 and TPUs need no flags."
 )
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of this run.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 CACHE = pathlib.Path.home() / ".cache" / "sam2_jax"
 WEIGHTS = "https://github.com/facebookresearch/sam2#model-description"
-# Set by launchers that JAX recognises by itself, to the number of processes.
+# Set by launchers to the number of processes. Not all versions tell JAX where process 0 is.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def has_peers() -> bool:
+    """Whether a launcher, GKE or the metadata of a Cloud TPU VM tells of other processes."""
+    if any(int(os.environ.get(name) or 1) > 1 for name in LAUNCHERS):
+        return True
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    if hosts:
+        return "," in hosts or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    try:
+        return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
+    except OSError as e:
+        raise UserError(
+            f"cannot ask Cloud TPU's metadata server for other hosts ({type(e).__name__}): set "
+            "TPU_SKIP_MDS_QUERY=1 if there are none, else give --coordinator_address"
+        ) from e
 
 
 def connect() -> None:
@@ -48,10 +65,14 @@ def connect() -> None:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     elif _PROCESSES.value is not None or _PROCESS.value is not None:
         raise UserError("--num_processes and --process_id need --coordinator_address=HOST:PORT")
-    elif any(int(os.environ.get(name) or 1) > 1 for name in LAUNCHERS) or "," in os.environ.get(
-        "TPU_WORKER_HOSTNAMES", ""
-    ):
-        jax.distributed.initialize()
+    elif has_peers():
+        try:
+            jax.distributed.initialize()
+        except ValueError as e:
+            raise UserError(
+                f"there are other processes, but JAX does not find them ({e}): give "
+                "--coordinator_address, --num_processes and --process_id"
+            ) from e
 
 
 def say(text: str) -> None:
@@ -88,6 +109,8 @@ def prepare(config: Any) -> Run:
             config_flags.get_config_filename(flags.FLAGS["config"]), config
         )
     )
+    if blocking := next((p for p in (workdir, *workdir.parents) if p.is_file()), None):
+        raise UserError(f"--workdir={workdir}: {blocking} is a file, not a folder; take another")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
     sharding.check_batch_size(config.data.batch_size, mesh, jax.process_count())
     m = config.model
@@ -132,7 +155,7 @@ def start(config: Any, run: Run, batches: Any) -> tuple[train.State, str]:
         origin = "random weights"
         say(
             f"warning: starting from random weights; official ones are at {WEIGHTS}, to be given "
-            "as --config.checkpoint.init_from=PATH"
+            "as --config.checkpoint.init_from=FILE.pt"
         )
         init = jax.jit(functools.partial(init_params, run.model), out_shardings=layout.params)
         params = init(jax.random.key(config.seed))
@@ -189,8 +212,7 @@ def train_on(config: Any, run: Run, batches: Any) -> None:
         say(f"nothing to do: step {run.latest} of {config.train.steps} is done")
         return
     if jax.process_index() == 0:
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        (run.workdir / checkpoint.CONFIG).write_text(config_lib.to_json(config))
+        checkpoint.write_config(run.workdir, config_lib.to_json(config))
 
     def draw() -> None:
         if jax.process_index() == 0:

@@ -1,6 +1,10 @@
 """Saving, resuming, starting from other weights, and what they refuse."""
 
 import json
+import os
+import pickle
+import shutil
+import sys
 
 import grain
 import jax
@@ -8,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2_jax import checkpoint, sharding
+from sam2_jax import checkpoint, convert, sharding
+from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.types import UserError
 
 
@@ -130,3 +135,93 @@ def test_changed_keys(tmp_path):
     (tmp_path / "config.json").write_text('{"train": {"steps": 5}, "optim": {"frozen": ["a"]}}')
     flat = {"train.steps": 6, "optim.frozen": ("a",)}
     assert checkpoint.changed_keys(tmp_path, flat) == ["train.steps: 5 -> 6"]
+
+
+def test_config_is_replaced_whole(tmp_path, monkeypatch):
+    workdir = tmp_path / "runs/new"
+    checkpoint.write_config(workdir, '{"seed": 1}')
+    assert [p.name for p in workdir.iterdir()] == ["config.json"]
+
+    def killed(*paths):
+        raise InterruptedError
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(InterruptedError):
+        checkpoint.write_config(workdir, '{"seed": 2}')
+    assert checkpoint.read_config(workdir) == {"seed": 1}
+
+
+@pytest.mark.parametrize("text", ["", '{"model": {"vari', "[]"])
+def test_a_torn_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for read in (
+        lambda: checkpoint.check_same_model(tmp_path, {"model": {}}),
+        lambda: checkpoint.changed_keys(tmp_path, {}),
+    ):
+        with pytest.raises(UserError, match=r"config\.json .*delete it"):
+            read()
+
+
+def test_resume_refuses_another_number_of_workers(saved, monkeypatch):
+    workdir, _ = saved
+    data = iterator()
+
+    def set_state(state):
+        raise IndexError("list index out of range")  # as grain's worker processes have it
+
+    monkeypatch.setattr(data, "set_state", set_state)
+    rest = shapes({"step": jnp.int32(0), "moments": (tree(0), ())})
+    with pytest.raises(UserError, match=r"data\.workers"):
+        checkpoint.restore(workdir, 4, shapes(tree(0)), rest, data)
+
+
+@pytest.mark.parametrize("part", ["params", "optimizer"])
+def test_resume_names_a_folder_that_is_missing(saved, part):
+    workdir, _ = saved
+    shutil.rmtree(workdir / "checkpoints/4" / part)
+    rest = shapes({"step": jnp.int32(0), "moments": (tree(0), ())})
+    with pytest.raises(UserError, match=f"checkpoints/4/{part} is missing"):
+        checkpoint.restore(workdir, 4, shapes(tree(0)), rest, iterator())
+
+
+def test_init_takes_official_weights(tmp_path):
+    torch = pytest.importorskip("torch")
+    params = init_params(make_sam2("nano", 64), jax.random.key(0))
+    state = convert.to_reference(jax.device_get(params))
+    path = tmp_path / "official.pt"
+    torch.save({"model": {k: torch.tensor(v) for k, v in state.items()}}, path)
+    assert checkpoint.find_params(path) == path
+    like = shapes(params, fsdp=4)
+    loaded = checkpoint.load_init(path, like)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    jax.tree.map(lambda x, y: pytest.fail() if x.sharding != y.sharding else None, loaded, like)
+    with pytest.raises(UserError, match=r"official\.pt: .*lacks"):
+        checkpoint.load_init(path, shapes(params | {"no_such": jnp.zeros(2)}))
+
+
+class Code:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_official_weights_run_no_code(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"model": Code(tmp_path / "run")}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Code(tmp_path / "run")}))
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("evil", "plain", "empty"):
+        with pytest.raises(UserError, match=rf"{name}\.pt cannot be read as official weights"):
+            checkpoint.load_init(tmp_path / f"{name}.pt", shapes(tree(0)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_official_weights_need_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "official.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="pip install torch"):
+        checkpoint.load_init(tmp_path / "official.pt", shapes(tree(0)))

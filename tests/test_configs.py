@@ -54,6 +54,11 @@ def test_every_key_is_read():
         ("prompts.prob_box", 1.5, "prompts.prob_box=1.5 must be between 0 and 1"),
         ("prompts.max_cond_frames", 3, "prompts.max_corrected_frames=2"),
         ("optim.weight_decay", (0.1,), "(globs, value)"),
+        ("optim.clip_norm", 0.0, "greater than 0"),
+        ("optim.learning_rate", ((("*",), 1e-3, -1e-3),), "at least 0"),
+        ("data.synthetic.speed", 0.0, "greater than 0"),
+        ("data.synthetic.eval_frames", 2, "at least 3"),
+        ("eval.max_frames", 2, "0 (all) or at least 3"),
     ],
 )
 def test_values_that_cannot_work_are_named(key, value, words):

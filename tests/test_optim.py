@@ -213,6 +213,14 @@ def test_clip_uses_the_reference_coefficient():
     np.testing.assert_array_equal(np.asarray(small), np.array([3e-7, 4e-7], np.float32))
 
 
+def test_buffers_stay_frozen_beside_other_globs():
+    for frozen in ((), ("image_encoder/*",), ("*/gaussian",)):
+        optimizer = optim.make_optimizer(SETTINGS._replace(frozen=frozen), draw(0), "2.1")
+        assert optimizer.labels["sam_prompt_encoder/gaussian"] == optim.FROZEN
+        held = {path for path, label in optimizer.labels.items() if label == optim.FROZEN}
+        assert ("image_encoder/trunk/qkv/bias" in held) == ("image_encoder/*" in frozen)
+
+
 def test_every_group_has_its_rules():
     optimizer = optim.make_optimizer(SETTINGS, draw(0), "2.1")
     assert optimizer.labels["image_encoder/trunk/norm/scale"] == "lr0_wd0"

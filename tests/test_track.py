@@ -120,22 +120,28 @@ def test_clicks_boxes_and_corrections_follow_the_plan(run, params):
     assert not out.single_masks[jnp.array([1, 3])].any() and out.single_masks[0].any()
 
     boxed = run(params, batch, plan(True, cond=(0,), corrected=(0,), box=(0,)), KEY)
-    assert np.asarray(boxed.labels)[0, 0, 0].tolist() == [2, 3] + [0] * 7 or set(
-        np.asarray(boxed.labels)[0, 0, 0, 2:].tolist()
-    ) <= {0, 1}
+    labels = np.asarray(boxed.labels)[0, 0]
+    assert (labels[:, :2] == [2, 3]).all()
+    assert np.isin(labels[:, 2:], [0, 1]).all()  # 2 corners + 7 clicks
     assert boxed.is_multi[0].tolist() == [False, False]
 
 
-def test_empty_point_slots_change_nothing(model, params):
-    """A tracked frame has one slot without corrections, ten with them: the same result."""
-    batch = clip(0)
-    few = jax.jit(partial(track.track, model, deterministic=True))(
-        params, batch, plan(False, clicks=0), KEY
+def test_first_prompts_need_no_corrections(model, params):
+    out = jax.jit(partial(track.track, model, deterministic=True))(
+        params, clip(0), plan(True, cond=(0, 2), box=(2,), clicks=0), KEY
     )
-    many = jax.jit(partial(track.track, model, deterministic=True))(
-        params, batch, plan(False, clicks=7), KEY
+    labels = np.asarray(out.labels)[:, 0]
+    assert (labels[0] == [1, -1]).all() and (labels[2] == [2, 3]).all()
+    assert (labels[[1, 3]] == -1).all()
+
+
+def test_empty_point_slots_change_nothing(run, model, params, masked):
+    """A tracked frame has one slot where no plan gives points, nine where they may."""
+    few = jax.jit(partial(track.track, model, deterministic=True, points=False))(
+        params, clip(0), plan(False, clicks=0), KEY
     )
-    np.testing.assert_allclose(few.mask, many.mask, atol=CLOSE)
+    assert few.labels.shape[-1] == 1 and masked.labels.shape[-1] == 9
+    np.testing.assert_allclose(few.mask, masked.mask, atol=CLOSE)
 
 
 def test_samplers_can_be_injected(model, params):
@@ -155,7 +161,7 @@ def test_samplers_can_be_injected(model, params):
 def test_one_frame_at_a_time_is_the_scan(model, params, frames):
     """The tracker's unbounded bank with masks against the scan's exact prefix."""
     batch = clip(1, frames)
-    whole = jax.jit(partial(track.track, model, deterministic=True))(
+    whole = jax.jit(partial(track.track, model, deterministic=True, points=False))(
         params, batch, prompts.mask_plan(frames), KEY
     )
     tracker = video.make_tracker(model)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
 from sam2_jax import checkpoint, loop, optim, records, sharding, train
 from sam2_jax.types import Array, Batch, PromptPlan, UserError
@@ -243,6 +244,19 @@ def test_each_step_draws_anew_and_reproducibly():
     first = step(state, batch, jax.random.key(1))[1]["loss"]
     assert first == step(copy, batch, jax.random.key(1))[1]["loss"]
     assert first != step(later, batch, jax.random.key(1))[1]["loss"]
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_curves_of_a_run_that_died_are_purged(tmp_path, step):
+    records.Records(tmp_path, step).close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, events = file.read_bytes(), []
+    while data:  # TFRecord: length, its checksum, the event, its checksum
+        size = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    starts = [e.step for e in events if e.session_log.status == SessionLog.START]
+    assert starts == [step + 1]
 
 
 def test_cut_after_keeps_whole_rows_up_to_a_step(tmp_path):

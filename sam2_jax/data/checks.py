@@ -1,7 +1,8 @@
 """Is an image file whole, and of which size and kind? Read off its first and last bytes.
 
 Every listed file is looked at before training starts, so that a broken one is named at once and
-not after hours; decoding them all would take a hundred times as long.
+not after hours; decoding them all would take a hundred times as long. Only a file with something
+else at its end is decoded: pictures of many phones go on after the end marker.
 """
 
 import struct
@@ -10,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import track
+from tqdm.auto import tqdm
 
+from sam2_jax.data.decode import decode_frame
 from sam2_jax.types import UserError
 
 THREADS = 16  # waits for disks and network file systems, not for the processor
@@ -49,6 +50,15 @@ def _jpeg_header(head: bytes) -> Header | None:
     return None
 
 
+def _is_whole(data: bytes, end: bytes) -> bool:
+    """Can the picture be decoded up to its end marker, whatever comes after that?"""
+    try:
+        decode_frame(data)
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return end in data  # Pillow decodes a PNG that lacks its last bytes
+
+
 def read_header(path: Path) -> Header:
     """Size and kind of a JPEG or PNG file.
 
@@ -64,10 +74,9 @@ def read_header(path: Path) -> Header:
             tail = file.read().rstrip(b"\0\r\n ")
             if head.startswith(JPEG_START):
                 file.seek(0)  # long EXIF data or a colour profile come before the size
-                header = _jpeg_header(head) or _jpeg_header(file.read())
-                whole = tail.endswith(JPEG_END)
+                header, end = _jpeg_header(head) or _jpeg_header(file.read()), JPEG_END
             elif head.startswith(PNG_START):
-                header, whole = None, tail.endswith(PNG_END)
+                header, end = None, PNG_END
                 if len(head) >= 26:
                     width, height, bits, colour = struct.unpack(">IIBB", head[16:26])
                     header = Header(width, height, PNG_KINDS.get(colour, "unknown"), bits)
@@ -75,6 +84,10 @@ def read_header(path: Path) -> Header:
                 raise UserError(f"{path} is empty (0 bytes), expected an image: {MEND}")
             else:
                 raise UserError(f"{path} is neither JPEG nor PNG: {MEND}, or remove its clip")
+            whole = tail.endswith(end)
+            if header and not whole:
+                file.seek(0)
+                whole = _is_whole(file.read(), end)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {MEND}") from error
     if header is None or not whole:
@@ -91,8 +104,7 @@ def read_headers(paths: Sequence[Path]) -> list[Header]:
     with ThreadPoolExecutor(THREADS) as pool:
         headers: Iterable[Header] = pool.map(read_header, paths)
         if len(paths) > SHOW_PROGRESS:
-            console = Console(stderr=True)
-            headers = track(headers, "checking files", total=len(paths), console=console)
+            headers = tqdm(headers, "checking files", len(paths), leave=False, unit="file")
         try:
             return list(headers)
         except UserError:

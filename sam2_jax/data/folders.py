@@ -85,11 +85,6 @@ def _decode(decoder, path: Path) -> np.ndarray:
         ) from error
 
 
-def is_folder_of_clips(root: str) -> bool:
-    """Does a path hold image folders (and not a prepared tensorflow-datasets copy)?"""
-    return bool(root) and (Path(root) / "JPEGImages").is_dir()
-
-
 def train_folder(root: str, num_frames: int, holdout: bool) -> FolderSource:
     """Training clips: DAVIS's train list, or a flat folder less the clips held out.
 

@@ -5,6 +5,10 @@ clip, frames and flip for any number of processes and of workers. Processes deal
 among themselves, so that together they see what one process alone would see.
 """
 
+import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +17,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Bool, UInt8
 
-from sam2_jax.data.folders import eval_folder, is_folder_of_clips, train_folder
+from sam2_jax.data.folders import eval_folder, train_folder
 from sam2_jax.data.sampling import sample_clip
 from sam2_jax.data.sources import VideoSource
 from sam2_jax.data.synthetic import SyntheticSource
@@ -26,6 +30,7 @@ TRAIN_STREAM, EVAL_STREAM = 0, 1  # of rendered clips
 # Batches of one process or worker in preparation. Grain's defaults (16 threads, 500 elements)
 # would hold 12 GB of 8-frame clips of 1024 pixels.
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+POLL = 2.0  # seconds between a worker's looks at its trainer
 
 
 class Example(NamedTuple):
@@ -79,6 +84,9 @@ def stack(examples: Sequence[Example]) -> Batch:
 def make_train_source(config: Any) -> VideoSource:
     """Open the training clips that `config.data` names, and check them.
 
+    The source `tfds` does not look at `config.data.root`: `config.finish` has turned it into
+    `folder` where that is given.
+
     Raises:
         UserError: nothing there, or something there is broken.
     """
@@ -86,8 +94,8 @@ def make_train_source(config: Any) -> VideoSource:
     if _kind(config) == "synthetic":
         length = max(data.num_frames, data.synthetic.eval_frames)
         return _synthetic(config, data.synthetic.num_clips, length, config.seed, TRAIN_STREAM)
-    if data.source == "tfds" and not is_folder_of_clips(data.root):
-        return PreparedSource(data.root, "train", data.num_frames)
+    if data.source == "tfds":
+        return PreparedSource("train", data.num_frames)
     return train_folder(data.root, data.num_frames, holdout=not data.eval_root)
 
 
@@ -101,8 +109,8 @@ def make_eval_source(config: Any) -> VideoSource:
     if _kind(config) == "synthetic":
         rendered = data.synthetic
         return _synthetic(config, rendered.eval_clips, rendered.eval_frames, 0, EVAL_STREAM)
-    if data.source == "tfds" and not data.eval_root and not is_folder_of_clips(data.root):
-        return PreparedSource(data.root, "validation")
+    if data.source == "tfds" and not data.eval_root:
+        return PreparedSource("validation")
     return eval_folder(data.root, data.eval_root)
 
 
@@ -126,6 +134,22 @@ def _synthetic(
         stream=stream,
         speed=config.data.synthetic.speed,
     )
+
+
+def end_with_trainer(index: int, count: int) -> None:
+    """Let a loader process end soon after its trainer, even one that was killed."""
+    del index, count
+    # Who started this process, which may be gone by now; os.getppid() would name its heir.
+    trainer = multiprocessing.parent_process()
+    if trainer is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == trainer.pid:
+            time.sleep(POLL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def make_train_loader(
@@ -164,4 +188,5 @@ def make_train_loader(
         return stream
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl flags when it starts its workers
-    return stream.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=2))
+    options = grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=2)
+    return stream.mp_prefetch(options, worker_init_fn=end_with_trainer)

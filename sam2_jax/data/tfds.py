@@ -22,29 +22,31 @@ DATASET = "davis/480p"
 DEFAULT_DIR = "~/tensorflow_datasets"
 
 
-def _data_dir(root: str) -> Path:
-    return Path(root or os.environ.get("TFDS_DATA_DIR") or DEFAULT_DIR).expanduser()
+def data_dir() -> Path:
+    """Where tensorflow-datasets keeps what it prepared. No config key names it."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or DEFAULT_DIR).expanduser()
 
 
-def find_shards(root: str, split: str) -> list[str]:
-    """Files of a split of the newest prepared version, in order.
+def find_shards(split: str) -> list[str]:
+    """Files of a split of the newest version prepared in `data_dir()`, in order.
 
     Args:
-        root: tensorflow-datasets' data_dir; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets.
         split: `train` or `validation`.
 
     Raises:
         UserError: nothing is prepared there, or files are missing. Nothing is downloaded.
     """
-    folder = _data_dir(root)
+    folder = data_dir()
     pattern = f"*/davis-{split}.array_record-*-of-*"
     shards = sorted((folder / DATASET).glob(pattern), key=_version_and_name)
     shards = [s for s in shards if s.parent == shards[-1].parent]
     if not shards:
         raise UserError(
-            f"no prepared {DATASET} in {folder} and none is downloaded here: give "
-            f"--config.data.root=DIR of a DAVIS 2017 folder, or prepare it on a machine with a "
-            f'network and TensorFlow by: python -c "import tensorflow_datasets as tfds; '
+            f"no prepared {DATASET} in {folder} (from the environment variable TFDS_DATA_DIR, else "
+            f"{DEFAULT_DIR}) and none is downloaded here: give --config.data.root=DIR of a DAVIS "
+            f"2017 folder, or set TFDS_DATA_DIR, or prepare it where there is a network by: "
+            f"pip install tensorflow importlib_resources && "
+            f'python -c "import tensorflow_datasets.video.davis, tensorflow_datasets as tfds; '
             f"tfds.builder('{DATASET}', data_dir='{folder}', file_format='array_record')"
             f'.download_and_prepare()"'
         )
@@ -64,11 +66,10 @@ def _version_and_name(path: Path) -> tuple[list[int], str]:
 class PreparedSource:
     """Clips of `davis/480p` as tensorflow-datasets stores them."""
 
-    def __init__(self, root: str, split: str, num_frames: int = 1) -> None:
+    def __init__(self, split: str, num_frames: int = 1) -> None:
         """Find and check the clips.
 
         Args:
-            root: data_dir, see `find_shards`.
             split: `train` or `validation`.
             num_frames: the fewest frames a clip may have.
 
@@ -77,7 +78,7 @@ class PreparedSource:
         """
         self.name = f"{DATASET} {split}"
         self.notes: list[str] = []
-        shards = find_shards(root, split)
+        shards = find_shards(split)
         self._records: Any = ArrayRecordDataSource(shards)
         where = str(Path(shards[0]).parent)
         self._index: list[int] = []  # records of the clips that have an object

@@ -45,7 +45,18 @@ def make_tracker(model: Sam2) -> Tracker:
     unbounded = memory.POINTER_WINDOW + 2  # longer than any window: nothing is sized by the clip
 
     def make_tracking(params) -> Tracking:
-        return Tracking(model, params, unbounded, 0, True, uniform_click, noisy_box, False)
+        return Tracking(
+            model,
+            params,
+            num_frames=unbounded,
+            corrections=0,
+            deterministic=True,
+            click=uniform_click,
+            box=noisy_box,
+            exact=False,
+            points=False,
+            stability=True,
+        )
 
     @partial(jax.jit, donate_argnums=1)
     def visit(params, state: Tracked, image, masks, is_first):

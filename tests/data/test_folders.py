@@ -159,6 +159,20 @@ def test_file_broken_after_the_check_is_named_when_read(flat):
         source.read(1, [3])
 
 
+@pytest.mark.parametrize("name", [FRAME, MASK])
+def test_bytes_after_the_end_are_no_damage_and_do_not_hide_any(flat, name):
+    path, trailer = flat / name, b"trailer" * 100
+    whole = path.read_bytes()
+    header = read_header(path)
+    path.write_bytes(whole + trailer)
+    assert read_header(path) == header
+    assert len(open_folder(str(flat), "train").read(1, [3])[0]) == 1
+    for kept in (len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:kept] + trailer)
+        with pytest.raises(UserError, match=f"{name} is cut short"):
+            read_header(path)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + b"x" * 9000}]
 )

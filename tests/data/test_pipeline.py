@@ -1,9 +1,18 @@
 """The stream of batches: the same for any number of workers and processes, and resumable."""
 
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import davis as davis_config
+from sam2_jax.config import finish
 from sam2_jax.data.pipeline import make_eval_source, make_train_loader, make_train_source
 from sam2_jax.types import Batch, UserError
 
@@ -135,7 +144,9 @@ def test_folders(davis, flat):
 
 
 def test_tfds_with_a_folder_as_root_reads_the_folder(davis):
-    settings = config(source="tfds", root=str(davis))
+    settings = davis_config.get_config("nano")
+    settings.data.root = str(davis)
+    settings = finish(settings)
     assert (len(make_train_source(settings)), len(make_eval_source(settings))) == (2, 1)
 
 
@@ -159,3 +170,42 @@ def test_a_file_that_breaks_during_training_is_named(flat, workers):
     with pytest.raises(UserError, match=r"\d+\.jpg cannot be decoded"):
         next(iterator)
     iterator.close()
+
+
+TRAINER = """
+import json, multiprocessing, sys, time
+from ml_collections import ConfigDict
+from sam2_jax.data.pipeline import make_train_loader, make_train_source
+settings = ConfigDict(json.loads(sys.argv[1]))
+iterator = iter(make_train_loader(settings, make_train_source(settings)))
+next(iterator)
+print(multiprocessing.active_children()[0].pid, flush=True)
+time.sleep(600)
+"""
+
+
+def running(pid):
+    """Is there such a process, and not only its exit status?"""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_workers_end_with_a_killed_trainer():
+    command = [sys.executable, "-c", TRAINER, config(workers=1).to_json()]
+    root = pathlib.Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout
+        worker = int(trainer.stdout.readline())
+        assert running(worker)
+        trainer.kill()
+    deadline = time.monotonic() + 10
+    while running(worker) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    survived = running(worker)
+    if survived:
+        os.kill(worker, signal.SIGKILL)
+    assert not survived

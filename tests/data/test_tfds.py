@@ -1,6 +1,9 @@
 """A prepared copy of DAVIS, made here in the format that tensorflow-datasets writes."""
 
 import io
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -40,7 +43,8 @@ def write(folder, records, split="train"):
 
 
 @pytest.fixture
-def prepared(tmp_path):
+def prepared(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     rng = np.random.default_rng(0)
     records = []
     for name, label in (("ant", 1), ("bee", 2), ("none", 0)):
@@ -53,7 +57,7 @@ def prepared(tmp_path):
 
 
 def test_reads_the_frames_asked_for(prepared):
-    source = PreparedSource(str(prepared), "train", 3)
+    source = PreparedSource("train", 3)
     assert [source.video(i) for i in range(len(source))] == [
         ("ant", 5, 16, 24),
         ("bee", 5, 16, 24),
@@ -68,24 +72,34 @@ def test_reads_the_frames_asked_for(prepared):
 def test_newest_version_is_read(prepared):
     write(prepared / "davis/480p/2.10.0", [example("new", [np.zeros((8, 8, 3), np.uint8)] * 2,
                                                    [np.ones((8, 8), np.uint8)] * 2)])  # fmt: skip
-    assert PreparedSource(str(prepared), "train").video(0).name == "new"
+    assert PreparedSource("train").video(0).name == "new"
 
 
 def test_not_prepared_says_both_ways_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(UserError) as error:
-        PreparedSource("", "train")
-    for part in ("--config.data.root=DIR", "download_and_prepare()", str(tmp_path), "davis/480p"):
+        PreparedSource("train")
+    for part in (
+        "--config.data.root=DIR",
+        "TFDS_DATA_DIR",
+        "~/tensorflow_datasets",
+        "pip install tensorflow importlib_resources",
+        str(tmp_path),
+    ):
         assert part in str(error.value)
+    # The command finds the dataset; it is not run to its end, which downloads.
+    code = re.search(r'python -c "(.*)\.download_and_prepare\(\)"', str(error.value))
+    assert code
+    subprocess.run([sys.executable, "-c", code[1]], check=True, timeout=60)
 
 
 def test_missing_shard_broken_record_and_short_clip(prepared):
     with pytest.raises(UserError, match="ant .* 5 frames .* config.data.num_frames=6"):
-        PreparedSource(str(prepared), "train", 6)
+        PreparedSource("train", 6)
     folder = prepared / "davis/480p/2.1.0"
     (folder / "davis-train.array_record-00000-of-00002").unlink()
     with pytest.raises(UserError, match="1 of the 2 files"):
-        PreparedSource(str(prepared), "train")
+        PreparedSource("train")
     write(folder, [b"nonsense"])
     with pytest.raises(UserError, match="record 0 .* cannot be read"):
-        PreparedSource(str(prepared), "train")
+        PreparedSource("train")

@@ -9,8 +9,10 @@ import torch
 from sam2.modeling.sam2_utils import get_1d_sine_pe
 
 from sam2_jax import convert
+from sam2_jax.decode import prefer_stable
 from sam2_jax.model.position import sine_1d, sine_grid
 from sam2_jax.model.sam2 import normalise
+from sam2_jax.types import Decoded
 from tests.parity import reference
 from tests.parity.conftest import RESOLUTION, close
 
@@ -234,3 +236,18 @@ def test_mask_downsample(pair, call, rng):
     mask = rng.integers(0, 2, (N, RESOLUTION, RESOLUTION)).astype(np.float32)
     theirs = pair.reference.mask_downsample(first(mask[..., None]))
     close("mask downsample", call(pair, "downsample_mask", mask), theirs[:, 0])
+
+
+def test_stability(pair, rng):
+    """Single masks that hang on a threshold give way to the best of the other three."""
+    masks = rng.normal(size=(16, 4, 16, 16)).astype(np.float32)
+    masks[::2, 0] *= 100  # hardly any logit near zero
+    ious = rng.random((16, 4)).astype(np.float32)
+    decoder = pair.reference.sam_mask_decoder
+    theirs = decoder._dynamic_multimask_via_stability(torch.tensor(masks), torch.tensor(ious))
+    tokens, score = np.zeros((16, 4, 8), np.float32), np.zeros(16, np.float32)
+    ours = prefer_stable(Decoded(jnp.asarray(masks), jnp.asarray(ious), tokens, score))
+    changed = np.asarray(ours.masks[:, 0] != masks[:, 0]).any((1, 2))
+    assert changed.any() and not changed.all()
+    close("stability: mask", ours.masks[:, :1], theirs[0])
+    close("stability: IoU", ours.ious[:, :1], theirs[1])

@@ -1,0 +1,101 @@
+"""scripts/train.py: what it joins and what it refuses before it starts."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import pytest
+from absl import flags
+from jax._src.clusters import cloud_tpu_cluster
+
+from sam2_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts/train.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    flags.FLAGS.mark_as_parsed()
+    yield module
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def joined(script, monkeypatch) -> list:
+    """Gets an entry for every call of jax.distributed.initialize; no launcher is seen."""
+    for name in (*script.LAUNCHERS, "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):
+        monkeypatch.delenv(name, raising=False)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(1))
+    return calls
+
+
+def tpu_vm(monkeypatch, answer) -> None:
+    """A Cloud TPU VM whose metadata server gives `answer(key)`."""
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (answer(key), 200))
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_cloud_tpu_vms_find_each_other(script, joined, monkeypatch, hosts):
+    about = {
+        "agent-worker-number": "0",
+        "worker-network-endpoints": ",".join(["a:0:10.0.0.2", "b:1:10.0.0.3"][:hosts]),
+        "tpu-env": "",
+    }
+    tpu_vm(monkeypatch, about.__getitem__)
+    script.connect()
+    assert len(joined) == (hosts > 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "joins"),
+    [
+        ("TPU_WORKER_HOSTNAMES", "a,b", True),
+        ("TPU_WORKER_HOSTNAMES", "localhost", False),
+        ("SLURM_STEP_NUM_TASKS", "2", True),
+        ("SLURM_STEP_NUM_TASKS", "1", False),
+    ],
+)
+def test_launchers_are_seen(script, joined, monkeypatch, name, value, joins):
+    monkeypatch.setenv(name, value)
+    script.connect()
+    assert bool(joined) == joins
+
+
+def test_a_silent_metadata_server_is_named(script, joined, monkeypatch):
+    def answer(key):
+        raise ConnectionError
+
+    tpu_vm(monkeypatch, answer)
+    with pytest.raises(UserError, match="TPU_SKIP_MDS_QUERY"):
+        script.connect()
+
+
+def test_a_launcher_that_jax_does_not_know_is_named(script, joined, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match="--coordinator_address, --num_processes"):
+        script.connect()
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_workdir_that_is_a_file_is_one_line(tmp_path, below):
+    (tmp_path / "notes.txt").write_text("mine")
+    command = [sys.executable, "scripts/train.py", "--config=configs/smoke.py"]
+    command += [f"--workdir={tmp_path / 'notes.txt'}{below}", "--config.mesh.fsdp=3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "notes.txt is a file, not a folder" in done.stderr
