@@ -94,3 +94,21 @@ def get_config(variant: str = "tiny") -> Any:
     c.eval.max_clips = 0  # 0: all
     c.eval.max_frames = 0  # of each clip; 0: all
     return c
+
+
+def from_nothing_on_cpu(c: Any) -> None:
+    """Small clips, and rates of training from random weights, far above those of fine-tuning."""
+    c.model.resolution = 128
+    c.model.attention_dropout = 0.0
+    c.model.dropout = 0.0
+    c.model.drop_path = 0.0
+    c.data.num_frames = 4
+    c.data.max_objects = 2
+    c.data.batch_size = 2
+    c.prompts.max_cond_frames = 1
+    c.prompts.max_corrected_frames = 1
+    c.optim.warmup_steps = 200
+    c.optim.clip_norm = 1.0
+    c.train.log_every = 20
+    c.train.precision = "float32"
+    c.train.remat = "frame"  # on a CPU also the faster choice: less to store and fetch
