@@ -13,7 +13,5 @@ def get_config(variant: str = "tiny") -> Any:
     c.train.eval_every = 500
     if variant == "nano":
         default.from_nothing_on_cpu(c)
-        c.prompts.prob_points = 0.3
-        c.optim.learning_rate = ((("*",), 3e-4, 3e-6),)
         c.train.eval_every = 1_000
     return c

@@ -83,7 +83,7 @@ def get_config(variant: str = "tiny") -> Any:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: whatever is left
     c.mesh.fsdp = 1  # shards parameters and moments
-    c.mesh.model = 1
+    c.mesh.model = 1  # kept for splitting one video over devices
 
     c.checkpoint = ConfigDict()
     c.checkpoint.init_from = ""  # weights to start from; empty: random
@@ -105,8 +105,11 @@ def from_nothing_on_cpu(c: Any) -> None:
     c.data.num_frames = 4
     c.data.max_objects = 2
     c.data.batch_size = 2
+    # More clicks or faster rates, at this batch size, and the memory is never learnt.
+    c.prompts.prob_points = 0.3
     c.prompts.max_cond_frames = 1
     c.prompts.max_corrected_frames = 1
+    c.optim.learning_rate = ((("*",), 3e-4, 3e-6),)
     c.optim.warmup_steps = 200
     c.optim.clip_norm = 1.0
     c.train.log_every = 20

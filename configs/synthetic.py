@@ -6,14 +6,12 @@ from configs import default
 
 
 def get_config(variant: str = "nano") -> Any:
-    """Training from nothing on masks alone."""
+    """Training from nothing, on masks, clicks and boxes."""
     c = default.get_config(variant)
     default.from_nothing_on_cpu(c)
     c.data.source = "synthetic"
     c.data.synthetic.speed = 0.8
-    c.prompts.prob_points = 0.0  # evaluation gives the first frame's mask: so does training
-    c.optim.learning_rate = ((("*",), 6e-4, 6e-6),)
-    c.train.steps = 8_000
+    c.train.steps = 7_000
     c.train.eval_every = 2_000
     c.checkpoint.every_steps = 500
     return c

@@ -196,22 +196,22 @@ def changed_keys(workdir: pathlib.Path, flat: dict[str, Any]) -> list[str]:
     ]
 
 
-def find_params(path: pathlib.Path) -> pathlib.Path:
+def find_params(path: pathlib.Path, key: str = "checkpoint.init_from") -> pathlib.Path:
     """The folder with a parameter tree, given it, a step, a `checkpoints` folder or a workdir.
 
     Of several steps the latest. An official .pt file is returned as it is. Raises `UserError`,
-    which says what was found instead.
+    which says what was found instead; `key` is the setting that it names.
     """
     hint = (
         "expected a workdir, its checkpoints/, one step of it, an Orbax folder of parameters, or "
         "an official .pt file"
     )
     if not path.exists():
-        raise UserError(f"checkpoint.init_from={path} does not exist: {hint}")
+        raise UserError(f"{key}={path} does not exist: {hint}")
     if path.is_file() and path.suffix == OFFICIAL:
         return path
     if not path.is_dir():
-        raise UserError(f"checkpoint.init_from={path} is a file: {hint}")
+        raise UserError(f"{key}={path} is a file: {hint}")
     if (path / CHECKPOINTS).is_dir():
         path = path / CHECKPOINTS
     steps = [int(p.name) for p in path.iterdir() if p.name.isdigit() and (p / "params").is_dir()]
@@ -221,7 +221,7 @@ def find_params(path: pathlib.Path) -> pathlib.Path:
         path = path / "params"
     if not (path / ARRAYS).exists():
         names = sorted(p.name for p in path.iterdir())
-        raise UserError(f"checkpoint.init_from={path} holds {listed(names) or 'nothing'}: {hint}")
+        raise UserError(f"{key}={path} holds {listed(names) or 'nothing'}: {hint}")
     return path
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from sam2_jax.metrics import SCORED
 from sam2_jax.model.variants import VARIANTS
 from sam2_jax.types import UserError
 
@@ -25,7 +26,6 @@ REMATS = ("none", "frame", "full")
 SOURCES = ("folder", "synthetic", "tfds")
 VERSIONS = ("2.0", "2.1")
 STRIDE = 32  # of the trunk's coarsest level
-SCORED = 3  # frames that a clip needs for one to be scored: the first and the last are not
 
 _PROBABILITIES = (
     "data.hflip",
@@ -113,6 +113,10 @@ def check(config: Config) -> None:
         raise UserError(
             f"eval.max_frames={config.eval.max_frames} must be 0 (all) or at least {SCORED}: the "
             "first and the last frame are not scored"
+        )
+    if config.mesh.model != 1:
+        raise UserError(
+            f"mesh.model={config.mesh.model}: one video is not split over devices yet: take 1"
         )
     if config.prompts.max_corrected_frames < config.prompts.max_cond_frames:
         raise UserError(

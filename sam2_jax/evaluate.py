@@ -69,6 +69,18 @@ def evaluate(
     return metrics.Results(tuple(objects))
 
 
+def check_source(source: VideoSource, max_clips: int = 0) -> None:
+    """Raises UserError if none of the clips to evaluate has a frame that is scored."""
+    count = min(len(source), max_clips or len(source))
+    longest = max((source.video(i).num_frames for i in range(count)), default=0)
+    if longest < metrics.SCORED:
+        raise UserError(
+            f"the longest of {count} evaluation clips has {longest} frames: at least "
+            f"{metrics.SCORED} are needed, since the first and the last are not scored; "
+            "check data.eval_root and eval.max_clips"
+        )
+
+
 def tracker_predictor(tracker: video.Tracker, params: Any, resolution: int) -> PredictClip:
     """Runs a tracker over a clip; the host works on a frame while the device tracks the next.
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 BOUND = 0.008  # tolerance of F, as a fraction of the image's diagonal
+SCORED = 3  # frames that a clip needs for one to be scored: the first and the last are not
 
 
 class FrameScores(NamedTuple):

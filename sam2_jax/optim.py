@@ -268,17 +268,25 @@ def make_optimizer(settings: OptimSettings, shapes: Tree, version: str) -> Optim
         clip_by_global_norm(settings.clip_norm),
         optax.partition(transforms, label_tree),
     )
+    names = rate_names([globs for globs, _, _ in settings.learning_rate])
     schedules = {
-        rate_name(globs): cosine(start, end, settings.steps, settings.warmup_steps)
-        for globs, start, end in settings.learning_rate
+        name: cosine(start, end, settings.steps, settings.warmup_steps)
+        for name, (_, start, end) in zip(names, settings.learning_rate, strict=True)
     }
     return Optimizer(tx, schedules, labels, about)
 
 
-def rate_name(globs: Sequence[str]) -> str:
-    """What metrics call the learning rate of a rule: 'learning_rate', or with its first glob."""
-    name = globs[0].strip("*/")
-    return f"learning_rate/{name}" if name else "learning_rate"
+def rate_names(rules: Sequence[Sequence[str]]) -> list[str]:
+    """What metrics call the learning rate of each rule: 'learning_rate', or with its first glob.
+
+    A name that an earlier rule has gets the rule's number, from 1.
+    """
+    names: list[str] = []
+    for number, globs in enumerate(rules, 1):
+        words = ["learning_rate", globs[0].strip("*/")]
+        name = "/".join(word for word in words if word)
+        names.append(f"{name}_{number}" if name in names else name)
+    return names
 
 
 def group_sizes(optimizer: Optimizer, shapes: Tree) -> dict[str, tuple[int, int]]:

@@ -24,7 +24,7 @@ Labels = UInt8[np.ndarray, "h w"]
 # Bright, told apart by the colour-blind, none near white: that is the truth's.
 COLOURS = ((255, 149, 0), (64, 196, 255), (255, 64, 160), (140, 230, 40), (178, 120, 255),
            (255, 226, 0), (0, 214, 160), (255, 84, 64))  # fmt: skip
-TILE_WIDTH = 400  # pixels of one frame on the sheet
+WIDEST, NARROWEST = 400, 240  # pixels of one frame on the sheet; between them twice its own
 FILL = 0.3  # opacity of a predicted mask's inside
 DPI = 100
 
@@ -65,9 +65,11 @@ def overlay_sheet(
 ) -> None:
     """Draws clips as rows and frames as columns; `scores` is J&F by clip, shown beside its name."""
     columns = max(len(views) for views in rows.values())
-    heights = [v[0].image.shape[0] / v[0].image.shape[1] * TILE_WIDTH for v in rows.values()]
+    shapes = [views[0].image.shape for views in rows.values()]
+    tile_width = min(max(NARROWEST, 2 * max(shape[1] for shape in shapes)), WIDEST)
+    heights = [shape[0] / shape[1] * tile_width for shape in shapes]
     gap, head, label, foot = 6, 44, 26, 40
-    width = columns * (TILE_WIDTH + gap) + gap
+    width = columns * (tile_width + gap) + gap
     height = head + sum(h + label + gap for h in heights) + foot
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     figure.text(gap / width, 1 - head / 2 / height, title, size=15, weight="bold", va="center")
@@ -77,10 +79,11 @@ def overlay_sheet(
         figure.text(gap / width, (y - label / 2) / height, name + score, size=12, va="center")
         y -= label + tile_height
         for column, view in enumerate(views):
-            x = gap + column * (TILE_WIDTH + gap)
-            box = (x / width, y / height, TILE_WIDTH / width, tile_height / height)
+            x = gap + column * (tile_width + gap)
+            box = (x / width, y / height, tile_width / width, tile_height / height)
             axes = figure.add_axes(box)
-            axes.imshow(_tile(view, round(tile_height)), interpolation="antialiased", aspect="auto")
+            tile = _tile(view, tile_width, round(tile_height))
+            axes.imshow(tile, interpolation="antialiased", aspect="auto")
             axes.set_axis_off()
             given = " (given)" if view.place == 0 else ""
             axes.text(0.012, 0.97, f"frame {view.frame}{given}", color="white", size=10, va="top",
@@ -129,9 +132,9 @@ def loss_curves(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     _save(figure, out_png)
 
 
-def _tile(view: View, height: int) -> Image:
+def _tile(view: View, width: int, height: int) -> Image:
     """One frame at twice the sheet's size (outlines drawn large are smooth once reduced)."""
-    size = 2 * TILE_WIDTH, 2 * height
+    size = 2 * width, 2 * height
     image = cv2.resize(view.image, size, interpolation=cv2.INTER_CUBIC)
     for k in np.unique(view.predicted[view.predicted > 0]):
         mask, colour = _enlarge(view.predicted == k, size), _colour(int(k))

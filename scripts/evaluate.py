@@ -39,20 +39,18 @@ class Parser(argparse.ArgumentParser):
 
 def load(path: pathlib.Path) -> tuple[Sam2, dict]:
     """The model that a checkpoint belongs to, and its parameters (float32)."""
-    try:
-        folder = checkpoint.find_params(path)
-    except UserError as e:  # worded for training
-        raise UserError(str(e).replace("checkpoint.init_from", "--checkpoint")) from e
+    folder = checkpoint.find_params(path, key="--checkpoint")
     where = next((p for p in folder.resolve().parents if (p / checkpoint.CONFIG).is_file()), None)
     if where is None:
         raise UserError(
             f"--checkpoint={path}: no {checkpoint.CONFIG} beside or above it says which model it "
             "is; give a workdir of scripts/train.py, or one of its checkpoints/N"
         )
+    config = checkpoint.read_config(where)
     try:
-        m = json.loads((where / checkpoint.CONFIG).read_text())["model"]
+        m = (config or {})["model"]
         model = make_sam2(m["variant"], m["resolution"], version=m["version"])
-    except (ValueError, TypeError, KeyError) as e:
+    except (TypeError, KeyError) as e:
         raise UserError(
             f"{where / checkpoint.CONFIG} describes no model ({e!r}): expected model.variant, "
             "model.resolution and model.version, as scripts/train.py writes them"

@@ -120,6 +120,9 @@ def prepare(config: Any) -> Run:
     shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     optimizer = optim.make_optimizer(train.make_optim_settings(config), shapes, m.version)
     state = jax.eval_shape(functools.partial(train.init_state, tx=optimizer.tx), shapes)
+    train_source = pipeline.make_train_source(config)
+    eval_source = pipeline.make_eval_source(config)
+    evaluate.check_source(eval_source, config.eval.max_clips)
     latest = checkpoint.latest_step(workdir)
     if latest is not None:
         checkpoint.check_same_model(workdir, config.to_dict())
@@ -131,8 +134,8 @@ def prepare(config: Any) -> Run:
         model,
         optimizer,
         sharding.with_shardings(state, train.state_shardings(state, mesh)),
-        pipeline.make_train_source(config),
-        pipeline.make_eval_source(config),
+        train_source,
+        eval_source,
         latest,
     )
 

@@ -172,6 +172,12 @@ def test_nothing_to_score_is_an_error():
         run(lambda t, first, truth: truth, max_frames=2)
 
 
+def test_clips_too_short_to_score_are_found_before_training():
+    evaluate.check_source(Squares(num_frames=3), max_clips=1)
+    with pytest.raises(UserError, match="longest of 2 evaluation clips has 2 frames"):
+        evaluate.check_source(Squares(num_frames=2))
+
+
 def test_label_map_is_the_highest_positive_logit():
     logits = np.array([[[3.0]], [[5.0]], [[5.0]], [[-1.0]]], np.float32)
     assert (evaluate.label_map(logits, (2, 3)) == 2).all()

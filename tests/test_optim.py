@@ -232,6 +232,11 @@ def test_every_group_has_its_rules():
     assert sizes[optim.FROZEN] == (1, 8)
 
 
+def test_learning_rates_have_names_of_their_own():
+    names = optim.rate_names([["a/*", "b"], ["*a/*"], ["*"], ["*"]])
+    assert names == ["learning_rate/a", "learning_rate/a_2", "learning_rate", "learning_rate_4"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -27,9 +27,8 @@ def near(image, colour, tolerance=40):
 
 
 def test_tile_shows_prediction_and_truth_where_they_are():
-    size = plots.TILE_WIDTH * 60 // 100
-    tile = plots._tile(view(), size)
-    assert tile.shape == (2 * size, 2 * plots.TILE_WIDTH, 3)
+    tile = plots._tile(view(), 400, 240)
+    assert tile.shape == (480, 800, 3)
     scale = tile.shape[1] // 100
     coloured, white = near(tile, plots.COLOURS[0]), near(tile, (255, 255, 255))
     ys, xs = np.nonzero(coloured)
@@ -45,7 +44,7 @@ def test_tile_shows_prediction_and_truth_where_they_are():
     mixed = 0.7 * 90 + 0.3 * np.array(plots.COLOURS[0])
     np.testing.assert_allclose(inside, mixed, atol=2)
     assert (tile[50 * scale, 95 * scale] == 90).all()
-    assert not near(plots._tile(view(predicted=False), size), plots.COLOURS[0]).any()
+    assert not near(plots._tile(view(predicted=False), 400, 240), plots.COLOURS[0]).any()
 
 
 def test_sheet_keeps_evenly_spaced_frames_of_the_first_clips():
@@ -61,13 +60,13 @@ def test_sheet_keeps_evenly_spaced_frames_of_the_first_clips():
     assert [v.place for v in short.rows["clip"]] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("size", [(128, 128), (480, 854)])
-def test_overlay_sheet_is_written_whole(tmp_path, size):
+@pytest.mark.parametrize(("size", "tile"), [((64, 64), 240), ((128, 128), 256), ((480, 854), 400)])
+def test_overlay_sheet_is_written_whole(tmp_path, size, tile):
     path = tmp_path / "new" / "overlay.png"
     rows = {"wide": [view(size, t) for t in (0, 4, 8)], "other": [view((60, 40))]}
     plots.overlay_sheet(rows, {"wide": 0.5}, path, title="step 1")
     picture = cv2.imread(str(path))
-    assert picture is not None and picture.shape[1] == 3 * (plots.TILE_WIDTH + 6) + 6
+    assert picture is not None and picture.shape[1] == 3 * (tile + 6) + 6
     assert near(picture, plots.COLOURS[0][::-1]).any()
     plots.overlay_sheet({"wide": rows["wide"]}, {}, path, title="step 2")  # replaces
     assert [p.name for p in path.parent.iterdir()] == ["overlay.png"]

@@ -4,6 +4,8 @@ Source: facebookresearch/sam2@2b90b9f sam2_utils.py. Initialisation is torch's d
 variance 1 / (3 fan_in)) with zero biases.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -64,6 +66,25 @@ class Conv(nn.Module):
         return strided_conv(x, kernel, self.stride, self.pad) + bias
 
 
+def xla_conv(
+    x: Float[Array, "n h w c"],
+    kernel: Float[Array, "k k c2 d"],
+    *,
+    stride: int,
+    pad: int,
+    groups: int = 1,
+) -> Float[Array, "n i j d"]:
+    """torch.nn.functional.conv2d with a square kernel, zero padding `pad` on every side."""
+    return jax.lax.conv_general_dilated(
+        jnp.asarray(x),
+        jnp.asarray(kernel),
+        (stride, stride),
+        [(pad, pad)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
 def strided_conv(
     x: Float[Array, "n h w c"], kernel: Float[Array, "k k c d"], stride: int, pad: int
 ) -> Float[Array, "n i j d"]:
@@ -73,12 +94,6 @@ def strided_conv(
     such blocks, so that forward and backward are plain products: up to a tenth of the time of
     XLA's convolutions there. Elsewhere it is XLA's convolution.
     """
-
-    def default(x, kernel):
-        pads = [(pad, kernel.shape[0] - stride - pad if kernel.shape[0] > stride else 0)] * 2
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
 
     def blocks(x, kernel):
         n, h, w, c = x.shape
@@ -97,7 +112,9 @@ def strided_conv(
                 out += part.reshape(n, rows, cols, depth) @ taps.reshape(depth, -1)
         return out
 
-    return jax.lax.platform_dependent(x, kernel, cpu=blocks, default=default)
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=blocks, default=functools.partial(xla_conv, stride=stride, pad=pad)
+    )
 
 
 class Upsample2(nn.Module):
@@ -183,14 +200,5 @@ def depthwise_conv(
     is a sum of shifted products.
     """
 
-    def default(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=x.shape[-1],
-        )
-
-    return jax.lax.platform_dependent(x, kernel, cpu=_depthwise_cpu, default=default)
+    xla = functools.partial(xla_conv, stride=1, pad=kernel.shape[0] // 2, groups=x.shape[-1])
+    return jax.lax.platform_dependent(x, kernel, cpu=_depthwise_cpu, default=xla)

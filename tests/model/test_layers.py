@@ -1,5 +1,7 @@
 """Layers against plain formulas or XLA's own slower forms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,16 +30,7 @@ def same_with_gradients(ours, plain, *args):
 def test_depthwise_on_cpu_is_the_convolution():
     x, kernel = normal(0, 2, 9, 6, 5), normal(1, 7, 7, 1, 5)
 
-    def plain(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=5,
-        )
-
+    plain = partial(layers.xla_conv, stride=1, pad=3, groups=5)
     same_with_gradients(layers.depthwise_conv, plain, x, kernel)
 
 
@@ -45,18 +38,8 @@ def test_depthwise_on_cpu_is_the_convolution():
 def test_strided_conv_is_the_convolution(size, stride, pad):
     x, kernel = normal(0, 2, 24, 16, 3), normal(1, size, size, 3, 5)
 
-    def plain(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (stride, stride),
-            [(pad, pad)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-    def ours(x, kernel):
-        return layers.strided_conv(x, kernel, stride, pad)
-
+    ours = partial(layers.strided_conv, stride=stride, pad=pad)
+    plain = partial(layers.xla_conv, stride=stride, pad=pad)
     same_with_gradients(ours, plain, x, kernel)
 
 

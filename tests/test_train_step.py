@@ -1,0 +1,51 @@
+"""The step that a config describes: the real model, bfloat16, dropout, its optimizer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import smoke
+from sam2_jax import config as config_lib
+from sam2_jax import optim, sharding, train
+from sam2_jax.data import pipeline
+from sam2_jax.model.sam2 import init_params, make_sam2
+
+# A mask as prompt reads neither embedding; the frequencies are a buffer.
+UNREAD = {"sam_prompt_encoder/gaussian", "no_mem_pos_enc", "no_mem_embed"}
+
+
+def test_step_of_a_config_moves_what_it_should():
+    c = smoke.get_config()
+    c.model.update(resolution=32, version="2.0", attention_dropout=0.1, dropout=0.1, drop_path=0.1)
+    c.data.update(num_frames=2, max_objects=2, batch_size=1)
+    c.prompts.update(prob_points=0.0, corrections=0)
+    c.train.update(precision="bfloat16")
+    c = config_lib.finish(c)
+    model = make_sam2("nano", 32, "2.0", 0.1, 0.1, 0.1)
+    before = init_params(model, jax.random.key(0))
+    optimizer = optim.make_optimizer(train.make_optim_settings(c), before, "2.0")
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    state = train.init_state(before, optimizer.tx)
+    shapes = jax.eval_shape(functools.partial(train.init_state, tx=optimizer.tx), before)
+    state = jax.device_put(state, train.state_shardings(shapes, mesh))
+    step = train.jit_step(train.make_config_step(c, model, optimizer, mesh), shapes, mesh)
+    source = pipeline.make_train_source(c)
+    batch = sharding.put_batch(next(iter(pipeline.make_train_loader(c, source))), mesh)
+
+    def run(seed):
+        copy = jax.tree.map(jnp.copy, state)  # the step takes its input's memory
+        after, metrics = step(copy, batch, jax.random.key(seed))
+        return jax.device_get(after.params), float(metrics["loss"])
+
+    (after, loss), (_, again), (_, other) = run(0), run(0), run(1)
+    assert np.isfinite(loss) and loss == again
+    assert loss != other  # another draw of dropout
+    same = jax.tree.map(np.array_equal, jax.device_get(before), after)
+    by_path = dict(zip(optim.paths_of(same), jax.tree.leaves(same), strict=True))
+    assert all(by_path[path] for path in UNREAD)
+    # Every part moves; within one, a mask that is not the best leaves its biases at zero.
+    moved = {path.split("/")[0] for path, is_same in by_path.items() if not is_same}
+    assert moved == {path.split("/")[0] for path in by_path} - UNREAD
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
