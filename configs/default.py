@@ -67,6 +67,9 @@ def get_config(variant: str = "tiny") -> Any:
         (("*",), 0.1),
     )
     c.optim.frozen = ()  # globs; the prompt encoder's random frequencies, a buffer, always are
+    c.optim.layer_decay = 0.9  # share of the rate from one block of the trunk to the one before
+    c.optim.layer_decay_min = 0.0
+    c.optim.layer_decay_overrides = ((("*pos_embed*",), 1.0),)  # globs of the trunk, share
     c.optim.warmup_steps = 0
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999
@@ -110,6 +113,7 @@ def from_nothing_on_cpu(c: Any) -> None:
     c.prompts.max_cond_frames = 1
     c.prompts.max_corrected_frames = 1
     c.optim.learning_rate = ((("*",), 3e-4, 3e-6),)
+    c.optim.layer_decay = 1.0
     c.optim.warmup_steps = 200
     c.optim.clip_norm = 1.0
     c.train.log_every = 20

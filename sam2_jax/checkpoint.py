@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sam2_jax import convert
-from sam2_jax.optim import paths_of
+from sam2_jax.rules import paths_of
 from sam2_jax.types import UserError
 
 Tree = Any

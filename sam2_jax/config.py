@@ -33,6 +33,8 @@ _PROBABILITIES = (
     "prompts.prob_points",
     "prompts.prob_box",
     "prompts.prob_from_truth",
+    "optim.layer_decay",
+    "optim.layer_decay_min",
     "model.attention_dropout",
     "model.dropout",
     "model.drop_path",
@@ -124,7 +126,7 @@ def check(config: Config) -> None:
             f"prompts.max_cond_frames={config.prompts.max_cond_frames}: prompted frames are "
             "among the corrected ones"
         )
-    for key in ("optim.learning_rate", "optim.weight_decay"):
+    for key in ("optim.learning_rate", "optim.weight_decay", "optim.layer_decay_overrides"):
         width = 3 if key == "optim.learning_rate" else 2
         for rule in flat[key]:
             if not (isinstance(rule, tuple) and len(rule) == width and isinstance(rule[0], tuple)):

@@ -1,14 +1,13 @@
 """AdamW with groups by ordered globs, which leaves alone what a step did not touch.
 
 Follows facebookresearch/sam2@2b90b9f training/optimizer.py and torch.optim.AdamW. Parameters are
-addressed by slash paths (`image_encoder/trunk/blocks_0/attn/qkv/kernel`) and sorted into groups
-by rules: ordered globs in fnmatch's sense (`*` crosses `/`), of which the first match wins.
+sorted into groups by ordered globs over their slash paths (see rules.py).
 """
 
-import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,13 @@ import numpy as np
 import optax
 from jaxtyping import Bool
 
-from sam2_jax.types import Array, PromptPlan, UserError
+from sam2_jax import schedules
+from sam2_jax.rules import Tree, match_rules, path_of, paths_of
+from sam2_jax.types import Array, PromptPlan
 
-Tree = Any  # a nested dict of arrays, or what mirrors one
 FROZEN = "frozen"
 BUFFERS = ("*/gaussian",)  # frozen in any case: the prompt encoder's random frequencies
+TRUNK = "image_encoder/trunk/"
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
@@ -30,6 +31,9 @@ class OptimSettings(NamedTuple):
     learning_rate: tuple[tuple[Sequence[str], float, float], ...]  # globs, start, end
     weight_decay: tuple[tuple[Sequence[str], float], ...]  # globs, value
     frozen: Sequence[str]  # globs; these and BUFFERS get neither updates nor moments
+    layer_decay: float  # of the trunk's learning rates from block to block; 1: none
+    layer_decay_min: float  # no rate falls below this share
+    layer_decay_overrides: tuple[tuple[Sequence[str], float], ...]  # trunk globs, share
     steps: int
     warmup_steps: int
     b1: float
@@ -55,62 +59,33 @@ class ScaleByAdamState(NamedTuple):
     nu: Tree
 
 
-def path_of(keys: Sequence[Any]) -> str:
-    """Slash path of a leaf from the key path that jax.tree_util gives."""
+def layer_scales(
+    paths: Sequence[str],
+    decay: float,
+    least: float,
+    overrides: Sequence[tuple[Sequence[str], float]],
+) -> dict[str, float]:
+    """Share of the learning rate that each path gets: less, the nearer a trunk block is to images.
 
-    def name(key: Any) -> str:  # of a dict, a NamedTuple, a sequence
-        return str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)))
+    Of n blocks, block i has decay ** (n - i), what comes before the first has decay ** (n + 1),
+    none less than `least`; all outside the trunk 1. `overrides` are (globs over trunk paths,
+    share), of which the first match wins. Raises `UserError` for a glob that takes no path.
 
-    return "/".join(map(name, keys))
-
-
-def paths_of(tree: Tree) -> list[str]:
-    """Slash paths of all leaves, in the order of `jax.tree.leaves`."""
-    return [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def match_rules(rules: Sequence[Sequence[str]], paths: Sequence[str], key: str) -> list[int]:
-    """Index of the first rule (a sequence of globs) that matches each path.
-
-    Raises `UserError`, which names `key`, if a path matches no rule or a glob takes no path.
+    Source: facebookresearch/sam2@2b90b9f training/optimizer.py `layer_decay_param_modifier`,
+    hieradet.py `get_layer_id`.
     """
-    used: set[tuple[int, str]] = set()
-    result = []
-    for path in paths:
-        for index, globs in enumerate(rules):
-            hits = [glob for glob in globs if fnmatch.fnmatchcase(path, glob)]
-            if hits:
-                used.update((index, glob) for glob in hits)
-                result.append(index)
-                break
-        else:
-            raise UserError(
-                f"{key}: no rule matches parameter '{path}'; end the rules with one for '*'"
-            )
-    for index, globs in enumerate(rules):
-        for glob in globs:
-            if (index, glob) not in used:
-                near = difflib.get_close_matches(glob, paths, n=1, cutoff=0.0)
-                raise UserError(
-                    f"{key}: '{glob}' matches no parameter that earlier rules leave"
-                    + (f" (nearest parameter: '{near[0]}')" if near else "")
-                )
-    return result
-
-
-def cosine(start: float, end: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
-    """end + (start - end) / 2 * (1 + cos(pi * step / steps)), times a linear warm-up if asked.
-
-    As in the reference the first update uses `start` itself (written so that rounding keeps it)
-    and the last stops short of `end`.
-    """
-
-    def schedule(step):
-        where = jnp.minimum(jnp.asarray(step, jnp.float32) / steps, 1.0)
-        value = start - 0.5 * (start - end) * (1 - jnp.cos(jnp.pi * where))
-        return value * jnp.minimum((step + 1) / (warmup_steps + 1), 1.0)
-
-    return schedule
+    trunk = [path for path in paths if path.startswith(TRUNK)]
+    rules = [globs for globs, _ in overrides]
+    rest = len(rules)
+    taken = match_rules([*rules, ("*",)], trunk, "optim.layer_decay_overrides") if rules else ()
+    blocks = [re.match(rf"{TRUNK}blocks_(\d+)/", path) for path in trunk]
+    count = 1 + max((int(block[1]) for block in blocks if block), default=-1)
+    scales = dict.fromkeys(paths, 1.0)
+    for path, block, rule in zip(trunk, blocks, taken or [rest] * len(trunk), strict=True):
+        depth = int(block[1]) + 1 if block else 0
+        share = max(decay ** (count + 1 - depth), least)
+        scales[path] = share if rule == rest else overrides[rule][1]
+    return scales
 
 
 def activity_rules(version: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -190,6 +165,18 @@ def scale_by_adam(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def scale_by_path(scales: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies each leaf's update by the number of its path, weight decay included."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, u: u * scales[path_of(keys)], updates
+        ), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def zero_inactive(
     is_active: Callable[[str, Mapping[str, Array]], Array],
 ) -> optax.GradientTransformationExtraArgs:
@@ -231,6 +218,9 @@ def make_optimizer(settings: OptimSettings, shapes: Tree, version: str) -> Optim
     freeze = [(*buffers, *settings.frozen), ("*",)]
     is_frozen = [i == 0 for i in match_rules(freeze, paths, "optim.frozen")]
 
+    scales = layer_scales(
+        paths, settings.layer_decay, settings.layer_decay_min, settings.layer_decay_overrides
+    )
     rules = activity_rules(version)
     groups = match_rules([globs for _, globs in rules], paths, "optim.activity_rules")
     group_of = {path: rules[i][0] for path, i in zip(paths, groups, strict=True)}
@@ -252,8 +242,9 @@ def make_optimizer(settings: OptimSettings, shapes: Tree, version: str) -> Optim
                 scale_by_adam(settings.b1, settings.b2, settings.eps, is_active),
                 optax.add_decayed_weights(value),
                 optax.scale_by_learning_rate(
-                    cosine(start, end, settings.steps, settings.warmup_steps)
+                    schedules.cosine(start, end, settings.steps, settings.warmup_steps)
                 ),
+                scale_by_path(scales),
                 zero_inactive(is_active),
             )
 
@@ -269,11 +260,11 @@ def make_optimizer(settings: OptimSettings, shapes: Tree, version: str) -> Optim
         optax.partition(transforms, label_tree),
     )
     names = rate_names([globs for globs, _, _ in settings.learning_rate])
-    schedules = {
-        name: cosine(start, end, settings.steps, settings.warmup_steps)
+    rates_by_name = {
+        name: schedules.cosine(start, end, settings.steps, settings.warmup_steps)
         for name, (_, start, end) in zip(names, settings.learning_rate, strict=True)
     }
-    return Optimizer(tx, schedules, labels, about)
+    return Optimizer(tx, rates_by_name, labels, about)
 
 
 def rate_names(rules: Sequence[Sequence[str]]) -> list[str]:

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Int, PRNGKeyArray
 
-from sam2_jax import losses, optim, prompts, sharding, track
+from sam2_jax import losses, optim, prompts, rules, sharding, track
 from sam2_jax.types import Array, Batch, PromptPlan
 
 Params = Any  # nested dict of arrays
@@ -47,7 +47,7 @@ def compute_copy(params: Params, dtype: Any) -> Params:
     """The parameters in the dtype of the computation; buffers that need float32 keep it."""
 
     def cast(keys: Any, leaf: Array) -> Array:
-        name = optim.path_of(keys).rsplit("/", 1)[-1]
+        name = rules.path_of(keys).rsplit("/", 1)[-1]
         return leaf if name in FLOAT32_LEAVES else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
@@ -154,6 +154,9 @@ def make_optim_settings(config: Any) -> optim.OptimSettings:
         learning_rate=o.learning_rate,
         weight_decay=o.weight_decay,
         frozen=o.frozen,
+        layer_decay=o.layer_decay,
+        layer_decay_min=o.layer_decay_min,
+        layer_decay_overrides=o.layer_decay_overrides,
         steps=config.train.steps,
         warmup_steps=o.warmup_steps,
         b1=o.b1,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2_jax import optim
+from sam2_jax import optim, rules, schedules
 from sam2_jax.types import PromptPlan, UserError
 
 # float32 against float64 arithmetic over a dozen steps
@@ -31,6 +31,9 @@ SETTINGS = optim.OptimSettings(
     learning_rate=((("image_encoder/*",), 3e-2, 3e-3), (("*",), 5e-2, 5e-3)),
     weight_decay=((("*bias*", "*/scale"), 0.0), (("*",), 0.1)),
     frozen=("*/gaussian",),
+    layer_decay=1.0,
+    layer_decay_min=0.0,
+    layer_decay_overrides=(),
     steps=20,
     warmup_steps=0,
     b1=0.9,
@@ -51,7 +54,7 @@ def draw(seed: int) -> dict:
 
 def flat(tree) -> dict[str, np.ndarray]:
     leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
-    return dict(zip(optim.paths_of(tree), leaves, strict=True))
+    return dict(zip(rules.paths_of(tree), leaves, strict=True))
 
 
 def plan(is_cond: list[bool], points: bool) -> PromptPlan:
@@ -112,7 +115,7 @@ def adamw(kinds: list[str], start: dict, grads: list[dict]) -> dict[str, np.ndar
 def zero_untouched(kind: str, grads: dict) -> dict:
     """What jax.grad gives where the reference has None."""
     return jax.tree_util.tree_map_with_path(
-        lambda keys, g: g * 0 if optim.path_of(keys).startswith(UNTOUCHED[kind]) else g, grads
+        lambda keys, g: g * 0 if rules.path_of(keys).startswith(UNTOUCHED[kind]) else g, grads
     )
 
 
@@ -196,11 +199,11 @@ def test_adamw_equals_torch():
 
 
 def test_cosine_starts_exactly_and_stops_short_of_the_end():
-    schedule = optim.cosine(5e-6, 5e-7, 10)
+    schedule = schedules.cosine(5e-6, 5e-7, 10)
     assert schedule(0) == np.float32(5e-6)
     last = 5e-7 + 0.5 * 4.5e-6 * (1 + np.cos(np.pi * 0.9))
     np.testing.assert_allclose(np.asarray(schedule(9)), last, rtol=1e-6)
-    warm = optim.cosine(1.0, 1.0, 10, warmup_steps=4)
+    warm = schedules.cosine(1.0, 1.0, 10, warmup_steps=4)
     np.testing.assert_allclose(np.asarray([warm(i) for i in range(6)]), [0.2, 0.4, 0.6, 0.8, 1, 1])
 
 
@@ -230,6 +233,37 @@ def test_every_group_has_its_rules():
     assert set(optimizer.schedules) == {"learning_rate", "learning_rate/image_encoder"}
     sizes = optim.group_sizes(optimizer, draw(0))
     assert sizes[optim.FROZEN] == (1, 8)
+
+
+def test_layer_decay_follows_the_blocks():
+    trunk = "image_encoder/trunk"
+    paths = [
+        f"{trunk}/patch_embed/kernel",
+        f"{trunk}/pos_embed",
+        *(f"{trunk}/blocks_{i}/attn/qkv/kernel" for i in range(12)),
+        "no_mem_embed",
+    ]
+    scales = optim.layer_scales(paths, 0.9, 0.3, ((("*pos_embed*",), 1.0),))
+    assert scales[f"{trunk}/pos_embed"] == scales["no_mem_embed"] == 1.0
+    assert scales[f"{trunk}/patch_embed/kernel"] == 0.3  # 0.9 ** 13 = 0.254
+    assert scales[f"{trunk}/blocks_11/attn/qkv/kernel"] == 0.9
+    assert scales[f"{trunk}/blocks_2/attn/qkv/kernel"] == 0.9**10
+    with pytest.raises(UserError, match="layer_decay_overrides.*rel_pos"):
+        optim.layer_scales(paths, 0.9, 0.0, ((("*rel_pos*",), 1.0),))
+
+
+def test_layer_decay_scales_the_whole_update():
+    params = draw(0)  # a trunk without blocks: all of it comes before the first
+
+    def update(decay):
+        tx = optim.make_optimizer(SETTINGS._replace(layer_decay=decay), params, "2.1").tx
+        active = optim.active_groups(CLICKS)
+        return flat(tx.update(params, tx.init(params), params, active=active)[0])
+
+    plain, decayed = update(1.0), update(0.5)
+    for path, value in plain.items():
+        share = 0.5 if path.startswith("image_encoder/trunk") else 1.0
+        np.testing.assert_allclose(decayed[path], share * value, rtol=1e-6)
 
 
 def test_learning_rates_have_names_of_their_own():

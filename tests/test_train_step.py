@@ -8,7 +8,7 @@ import numpy as np
 
 from configs import smoke
 from sam2_jax import config as config_lib
-from sam2_jax import optim, sharding, train
+from sam2_jax import optim, rules, sharding, train
 from sam2_jax.data import pipeline
 from sam2_jax.model.sam2 import init_params, make_sam2
 
@@ -43,7 +43,7 @@ def test_step_of_a_config_moves_what_it_should():
     assert np.isfinite(loss) and loss == again
     assert loss != other  # another draw of dropout
     same = jax.tree.map(np.array_equal, jax.device_get(before), after)
-    by_path = dict(zip(optim.paths_of(same), jax.tree.leaves(same), strict=True))
+    by_path = dict(zip(rules.paths_of(same), jax.tree.leaves(same), strict=True))
     assert all(by_path[path] for path in UNREAD)
     # Every part moves; within one, a mask that is not the best leaves its biases at zero.
     moved = {path.split("/")[0] for path, is_same in by_path.items() if not is_same}
