@@ -81,7 +81,18 @@ def init_params(key):
 
 
 SETTINGS = optim.OptimSettings(
-    ((("*",), 1e-2, 1e-3),), ((("*",), 0.1),), ("gaussian",), 12, 0, 0.9, 0.999, 1e-8, 1.0
+    learning_rate=((("*",), 1e-2, 1e-3),),
+    weight_decay=((("*",), 0.1),),
+    frozen=("gaussian",),
+    layer_decay=1.0,
+    layer_decay_min=0.0,
+    layer_decay_overrides=(),
+    steps=12,
+    warmup_steps=0,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    clip_norm=1.0,
 )
 
 
