@@ -89,7 +89,7 @@ def get_config(variant: str = "tiny") -> Any:
     c.mesh.model = 1  # kept for splitting one video over devices
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.init_from = ""  # weights to start from; empty: random
+    c.checkpoint.init_from = ""  # a workdir, .pt or .safetensors to start from; empty: random
     c.checkpoint.every_steps = 500
     c.checkpoint.keep = 2
 

@@ -7,25 +7,23 @@ The checkpoint of step N, that is after N updates, is `checkpoints/N/` with the 
 import json
 import os
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sam2_jax import convert
+from sam2_jax import convert, weights
 from sam2_jax.rules import paths_of
-from sam2_jax.types import UserError
+from sam2_jax.types import UserError, listed
 
 Tree = Any
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
-OFFICIAL = ".pt"  # suffix of the reference's own weights
 MEND = "put back what scripts/train.py wrote, or delete it to go on with the settings given now"
 ARRAYS = "_METADATA"  # marks a folder in which Orbax keeps one tree of arrays
-NAMED_DIFFERENCES = 3  # so many are spelt out in a message, the others are counted
 
 
 def make_manager(workdir: pathlib.Path, keep: int) -> ocp.CheckpointManager:
@@ -106,13 +104,6 @@ def differences(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, 
         if path in found and found[path] != wanted[path]
     ]
     return shapes + missing + extra
-
-
-def listed(texts: Iterable[str]) -> str:
-    """The first few, and how many more."""
-    texts = list(texts)
-    more = len(texts) - NAMED_DIFFERENCES
-    return "; ".join(texts[:NAMED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def check_arrays(folder: pathlib.Path, like: Tree, of: str) -> None:
@@ -199,16 +190,16 @@ def changed_keys(workdir: pathlib.Path, flat: dict[str, Any]) -> list[str]:
 def find_params(path: pathlib.Path, key: str = "checkpoint.init_from") -> pathlib.Path:
     """The folder with a parameter tree, given it, a step, a `checkpoints` folder or a workdir.
 
-    Of several steps the latest. An official .pt file is returned as it is. Raises `UserError`,
+    Of several steps the latest. A file of weights.py is returned as it is. Raises `UserError`,
     which says what was found instead; `key` is the setting that it names.
     """
     hint = (
         "expected a workdir, its checkpoints/, one step of it, an Orbax folder of parameters, or "
-        "an official .pt file"
+        f"a file of weights ({', '.join(weights.SUFFIXES)})"
     )
     if not path.exists():
         raise UserError(f"{key}={path} does not exist: {hint}")
-    if path.is_file() and path.suffix == OFFICIAL:
+    if path.is_file() and path.suffix in weights.SUFFIXES:
         return path
     if not path.is_dir():
         raise UserError(f"{key}={path} is a file: {hint}")
@@ -225,40 +216,54 @@ def find_params(path: pathlib.Path, key: str = "checkpoint.init_from") -> pathli
     return path
 
 
+def config_beside(found: pathlib.Path) -> pathlib.Path | None:
+    """The nearest folder above what `find_params` found that has a config.json."""
+    return next((p for p in found.resolve().parents if (p / CONFIG).is_file()), None)
+
+
+def identify(found: pathlib.Path) -> tuple[str, str]:
+    """(variant, version) of what `find_params` found, by its tensors; `UserError` if of none."""
+    state = weights.read(found, values=False) if found.is_file() else None
+    try:
+        if state is None:
+            shapes = {path: weights.hollow(shape) for path, shape in array_shapes(found).items()}
+            state = convert.to_reference(shapes)
+        return weights.recognise(state)
+    except UserError as e:
+        raise UserError(f"{found}: {e}") from e
+
+
+def check_init(path: pathlib.Path | str, like: Tree) -> pathlib.Path:
+    """What `find_params` finds; `UserError` if its names or shapes are not those of `like`.
+
+    Reads no values: a large file is read once, by `load_init`.
+    """
+    found = find_params(pathlib.Path(path))
+    if found.is_file():
+        weights.load(found, like, values=False)
+    else:
+        check_arrays(found, like, "this config's model (checkpoint.init_from)")
+    return found
+
+
 def load_init(path: pathlib.Path | str, like: Tree) -> Tree:
     """Parameters from what `find_params` takes, laid out as `like` says.
 
-    `like` is a tree of shapes with shardings. Raises `UserError` naming parameters that differ.
+    `like` is a tree of shapes; those without a sharding go to the first device. Raises
+    `UserError` naming parameters that differ.
     """
-    folder = find_params(pathlib.Path(path))
-    if folder.is_file():
-        return load_official(folder, like)
-    check_arrays(folder, like, "this config's model (checkpoint.init_from)")
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.resolve(), like)
-
-
-def load_official(path: pathlib.Path, like: Tree) -> Tree:
-    """Parameters from a .pt file as facebookresearch/sam2 publishes them: {"model": state dict}.
-
-    Only tensors are read, nothing is unpickled that could run code. `like` as in `load_init`.
-    """
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        raise UserError(f"{path}: PyTorch is needed to read it: pip install torch") from e
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
-    except Exception as e:  # torch raises almost anything for a file that is not one of its own
-        raise UserError(
-            f"{path} cannot be read as official weights ({type(e).__name__}): expected a file of "
-            "PyTorch with nothing but tensors under 'model'"
-        ) from e
-    try:
-        params = convert.from_reference(arrays, like)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
-    return jax.tree.map(
-        lambda wanted, x: jax.device_put(x.astype(wanted.dtype), wanted.sharding), like, params
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), like
     )
+    found = find_params(pathlib.Path(path))
+    if found.is_file():
+        # One parameter at a time: they are strided views, of a file or of what was read of it
+        return jax.tree.map(
+            lambda to, x: jax.device_put(np.array(x, to.dtype, order="C"), to.sharding),
+            like,
+            weights.load(found, like),
+        )
+    check_init(found, like)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(found.resolve(), like)

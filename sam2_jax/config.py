@@ -4,6 +4,7 @@ A script defines its flags, then calls `run(main)`; `main(config)` gets a locked
 Whatever the user can mend ends as one line `error: ...` with exit status 2, flags included.
 """
 
+import argparse
 import difflib
 import json
 import pathlib
@@ -11,7 +12,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -237,6 +238,20 @@ def run(main: Callable[[Config], int | None]) -> None:
         app.run(wrapped, flags_parser=parse_flags)
     except UserError as e:
         sys.exit(fail(e))
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a script without a config: `about` is its --help, a wrong flag a `UserError`."""
+
+    def __init__(self, about: str | None):
+        super().__init__(
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def fail(error: UserError) -> int:

@@ -3,7 +3,8 @@
 The reference (facebookresearch/sam2@2b90b9f) keeps torch layouts under dotted names; we keep
 channels-last arrays in a nested dict. Only numpy here: whoever reads a checkpoint file hands its
 tensors over as arrays, and nothing but names and the order of axes changes, so that a round trip
-is exact to the bit.
+is exact to the bit. What comes out are views of what went in, almost all of them strided: a file
+that is mapped into memory is not read, only looked at.
 """
 
 import functools
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sam2_jax.types import UserError
+from sam2_jax.types import UserError, listed
 
 # Kind of layer -> its tensors: the reference's leaf, ours, and the layout: the reference's axes ->
 # ours, a letter each, where 1 is an axis of length one that we leave out.
@@ -149,10 +150,12 @@ def from_reference(state_dict: Mapping[str, np.ndarray], like: Mapping | None = 
     """
     flat = _convert(state_dict, "reference")
     rows = [flat.pop(path) for path in sorted(flat) if path.startswith(STACKED)]
+    if len({row.shape for row in rows}) > 1:
+        raise UserError(f"{STACKED}: the {len(rows)} tensors have different shapes")
     if rows:
         flat[STACKED] = np.stack(rows)
     if like is not None:
-        shapes = {path: x.shape for path, x in _flatten(like).items()}
+        shapes = {path: x.shape for path, x in flatten(like).items()}
         _refuse("the checkpoint lacks tensors of this model", shapes.keys() - flat)
         _refuse("the checkpoint holds tensors that this model has not", flat.keys() - shapes)
         wrong = [
@@ -170,7 +173,7 @@ def from_reference(state_dict: Mapping[str, np.ndarray], like: Mapping | None = 
 
 def to_reference(params: Mapping) -> dict[str, np.ndarray]:
     """The reference's state dict of a `Sam2`'s parameters; UserError names those with no rule."""
-    flat = _flatten(params)
+    flat = flatten(params)
     flat |= {f"{STACKED}/{i}": row for i, row in enumerate(flat.pop(STACKED, ()))}
     return _convert(flat, "ours")
 
@@ -211,32 +214,29 @@ def _to_ours(name: str, value: np.ndarray, layout: str) -> np.ndarray:
     theirs, ours = layout.split("->")
     ones = tuple(i for i, axis in enumerate(theirs) if axis == "1")
     if value.ndim != len(theirs) or any(value.shape[i] != 1 for i in ones):
-        raise UserError(f"{name} has shape {value.shape}; expected ({', '.join(theirs)}).")
+        raise UserError(f"{name} has shape {value.shape}; expected ({', '.join(theirs)})")
     kept = theirs.replace("1", "")
-    return np.ascontiguousarray(value.squeeze(ones).transpose([kept.index(a) for a in ours]))
+    return value.squeeze(ones).transpose([kept.index(axis) for axis in ours])
 
 
 def _to_reference(name: str, value: np.ndarray, layout: str) -> np.ndarray:
     theirs, ours = layout.split("->")
     if value.ndim != len(ours):
-        raise UserError(f"{name} has shape {value.shape}; expected ({', '.join(ours)}).")
+        raise UserError(f"{name} has shape {value.shape}; expected ({', '.join(ours)})")
     value = value.transpose([ours.index(axis) for axis in theirs.replace("1", "")])
     ones = tuple(i for i, axis in enumerate(theirs) if axis == "1")
-    return np.ascontiguousarray(np.expand_dims(value, ones))
+    return np.expand_dims(value, ones)
 
 
-def _flatten(params: Mapping, prefix: str = "") -> dict[str, Any]:
+def flatten(params: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Slash path -> leaf of a nested dict."""
     flat: dict[str, Any] = {}
     for key, value in params.items():
         nested = isinstance(value, Mapping)
-        flat |= _flatten(value, f"{prefix}{key}/") if nested else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}/") if nested else {prefix + key: value}
     return flat
 
 
 def _refuse(what: str, names) -> None:
     if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise UserError(
-            f"{what}: {', '.join(sorted(names)[:5])}{more}. "
-            "Check the checkpoint, model.variant and model.version."
-        )
+        raise UserError(f"{what}: {listed(sorted(names))}")

@@ -32,6 +32,18 @@ class Visit(NamedTuple):
     from_truth: Bool[Array, " s"]
 
 
+class Inference(NamedTuple):
+    """What inference does otherwise than training. The default is training.
+
+    Source: facebookresearch/sam2@2b90b9f sam2_video_predictor.py, build_sam.py.
+    """
+
+    from_low: bool = False  # a prompted frame's memory is of its low-resolution mask
+    memory_dtype: Any = None  # in which memories are kept; None: that of the computation
+    stability: bool = False  # unstable single masks give way to the best of three
+    binarise: bool = False  # a prompted frame's memory is of its mask, not of its logits
+
+
 class Tracking(NamedTuple):
     """What stays the same over all visits: the model, its parameters and how to sample."""
 
@@ -44,7 +56,7 @@ class Tracking(NamedTuple):
     box: BoxSampler
     exact: bool  # a branch for every number of memories, or one, masked, for the most there can be
     points: bool  # whether plans may give points at all
-    stability: bool  # unstable single masks give way to the best of three: evaluation only
+    inference: Inference = Inference()
 
     def call(self, method: str, *args, rngs: dict | None = None, **kwargs) -> Any:
         return self.model.apply({"params": self.params}, *args, method=method, rngs=rngs, **kwargs)
@@ -117,7 +129,7 @@ def prefer_stable(decoded: Decoded) -> Decoded:
 
     Stable means that the areas above +0.05 and above -0.05 differ by at most 2 %. The mask token,
     of which the object pointer is made, stays. Source: sam/mask_decoder.py
-    (_dynamic_multimask_via_stability), which the reference uses in evaluation only.
+    (_dynamic_multimask_via_stability), which the reference offers for inference.
     """
     low, high = ((decoded.masks[:, 0] > edge).sum((-2, -1)) for edge in (-DELTA, DELTA))
     stable = high >= STABLE * low  # also where both are empty
@@ -160,7 +172,7 @@ def predict(
         used,
         rows(dense),
     )
-    if tracking.stability:
+    if tracking.inference.stability:
         decoded = prefer_stable(decoded)
     decoded = jax.tree.map(lambda x: x.reshape(b, o, *x.shape[1:]), decoded)
     present = decoded.object_score > 0

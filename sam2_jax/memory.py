@@ -34,13 +34,15 @@ def empty(
     num_frames: int,
     max_cond: int,
     dtype,
+    pointer_dtype=None,
 ) -> Bank:
     """A bank for clips of `num_frames` with at most `max_cond` conditioning frames.
 
-    `memory_shape` is (videos, objects, tokens, channels) of one frame's memory.
+    `memory_shape` is (videos, objects, tokens, channels) of one frame's memory. Memories are kept
+    in `dtype`, pointers too unless another is given.
     """
 
-    def slots(window: int, *rest: int) -> Slots:
+    def slots(window: int, dtype, *rest: int) -> Slots:
         size = min(num_frames, window + max_cond)
         b, o = memory_shape[:2]
         return Slots(
@@ -51,8 +53,8 @@ def empty(
         )
 
     return Bank(
-        memory=slots(WINDOW, *memory_shape[2:]),
-        pointers=slots(POINTER_WINDOW, pointer_channels),
+        memory=slots(WINDOW, dtype, *memory_shape[2:]),
+        pointers=slots(POINTER_WINDOW, pointer_dtype or dtype, pointer_channels),
         max_distance=jnp.asarray(min(num_frames, POINTER_WINDOW + 1) - 1, jnp.int32),
     )
 

@@ -27,6 +27,7 @@ from sam2_jax.resize import resize
 from sam2_jax.types import Array, Bank, Batch, Features, FrameOut, PromptPlan
 
 GIVEN = 10.0  # logits of a mask that was given: +-10
+CERTAIN = 200.0  # a logit whose sigmoid is 0 or 1 in float32
 
 
 def track(
@@ -42,7 +43,6 @@ def track(
     box: BoxSampler = noisy_box,
     remat: str = "none",
     points: bool = True,
-    stability: bool = False,
 ) -> FrameOut:
     """Segment every object on every frame of a batch of clips, prompted as the plan says.
 
@@ -55,7 +55,6 @@ def track(
       remat: what the backward pass computes again: "none"; "frame": each visit; "full": also
         the image encoder.
       points: False where the plan never gives points; their programs are then left out.
-      stability: unstable single masks give way to the best of three, as in evaluation.
 
     Returns outputs with a leading axis of frames, in frame order.
     """
@@ -70,7 +69,6 @@ def track(
         box=box,
         exact=True,
         points=points,
-        stability=stability,
     )
     key, encoder_key = jax.random.split(key)
     encode = partial(encode_frames, tracking)
@@ -96,12 +94,15 @@ def track(
 
 
 def visit_frame(
-    tracking: Tracking, bank: Bank, visit: Visit, key: PRNGKeyArray
+    tracking: Tracking, bank: Bank, visit: Visit, key: PRNGKeyArray, given: Prompt | None = None
 ) -> tuple[Bank, FrameOut]:
-    """Visit one frame: look at what is remembered, predict, correct, remember."""
+    """Visit one frame: look at what is remembered, predict, correct, remember.
+
+    `given` are points to take instead of sampled ones.
+    """
     memory_key, prompt_key, click_key = jax.random.split(key, 3)
     top = condition(tracking, bank, visit, memory_key)
-    prompt = first_prompt(tracking, visit, prompt_key)
+    prompt = first_prompt(tracking, visit, prompt_key) if given is None else given
     first = predict(tracking, visit, top, prompt, dense_prompt(tracking, visit), prompt.count < 2)
     last, prompt, later = correct(tracking, visit, top, prompt, first, click_key)
     out = finish(tracking, visit, first, last, prompt, later)
@@ -128,7 +129,8 @@ def empty_bank(tracking: Tracking, top_shape: tuple[int, ...], objects: int, max
     b, h, w, c = top_shape
     shape = (b, objects, h * w, tracking.model.variant.memory_dim)
     dtype = compute_dtype(tracking.params)
-    return memory.empty(shape, c, tracking.num_frames, max_cond, dtype)
+    kept = tracking.inference.memory_dtype or dtype
+    return memory.empty(shape, c, tracking.num_frames, max_cond, kept, dtype)
 
 
 def condition(
@@ -145,6 +147,7 @@ def condition(
 
     def remembering(count: int):
         context = memory.read(bank, visit.frame, count, tracking.num_frames)
+        context = context._replace(memory=context.memory.astype(top.dtype))
         return tracking.call(
             "with_memory",
             top,
@@ -177,9 +180,13 @@ def finish(
     score = jnp.where(visit.from_mask, jnp.where(there, GIVEN, -GIVEN), last.object_score)
     pointer = tracking.call("pointer", last.token, last.object_score > 0)
     pointer = tracking.call("gate_pointer", pointer, there | ~visit.from_mask)
-    full = jnp.where(visit.from_mask, given, resize(last.mask, (height, width)))
+    low = jnp.where(visit.from_mask, resize(given, last.mask.shape[2:]), last.mask)
+    full = resize(low, (height, width))
+    if not tracking.inference.from_low:
+        full = jnp.where(visit.from_mask, given, full)
+    if tracking.inference.binarise:
+        full = jnp.where(visit.is_cond, jnp.where(full > 0, CERTAIN, -CERTAIN), full)
     encoded = tracking.call("encode_memory", visit.features.top, full, score > 0)
-    low = resize(given, last.mask.shape[2:])
     passes = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, later)
     return FrameOut(
         multi_masks=passes.masks[:2],
@@ -192,7 +199,7 @@ def finish(
         ),
         from_mask=visit.from_mask,
         is_corrected=visit.is_corrected,
-        mask=jnp.where(visit.from_mask, low, last.mask),
+        mask=low,
         pointer=pointer,
         memory=encoded,
         points=prompt.points,

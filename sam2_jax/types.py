@@ -9,6 +9,7 @@ Points are `(x, y)` in pixels of the model's input. Masks are boolean (ground tr
 (predictions). "Low resolution" is a quarter of the input's side, where the decoder predicts.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -16,10 +17,18 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 Array = jax.Array | np.ndarray
+NAMED = 3  # so many of a list are spelt out in a message, the others are counted
 
 
 class UserError(Exception):
     """Something the user can mend: scripts print it as one line `error: ...` and exit with 2."""
+
+
+def listed(texts: Iterable[str]) -> str:
+    """The first few, and how many more."""
+    texts = list(texts)
+    more = len(texts) - NAMED
+    return "; ".join(texts[:NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 class Batch(NamedTuple):

@@ -1,46 +1,62 @@
 """Scores a checkpoint on annotated video: tracks the first frame's masks to the end of each clip.
 
   python scripts/evaluate.py --checkpoint=runs/davis-tiny --data_root=DAVIS --output=predictions
+  python scripts/evaluate.py --checkpoint=sam2.1_hiera_tiny.pt --data_root=DAVIS --output=official
 
-CHECKPOINT is a workdir (its last step) or one step, workdir/checkpoints/N; config.json of the
-workdir says which model it is. DATA_ROOT has the DAVIS layout (its val list is used) or is a flat
-folder with JPEGImages/ and Annotations/. OUTPUT gets CLIP/FRAME.png, palette images with the ids
-of the ground truth, overlay.png, and results.json: J, F and J&F (fractions; the first and the last
-frame are not scored) over all objects and for each, beside those of the repeated first mask.
+CHECKPOINT is a workdir (its last step) or one step, workdir/checkpoints/N, where config.json of
+the workdir says which model it is; or a file of weights, .pt, .pth or .safetensors, which is
+recognised by its tensors and run at --resolution=N pixels (1024 if not given). DATA_ROOT has the
+DAVIS layout (its val list is used) or is a flat folder with JPEGImages/ and Annotations/. OUTPUT
+gets CLIP/FRAME.png, palette images with the ids of the ground truth, overlay.png, and
+results.json: J, F and J&F (fractions; the first and the last frame are not scored) over all
+objects and for each, beside those of the repeated first mask.
 """
 
-import argparse
 import json
 import os
 import pathlib
 import sys
-from typing import NoReturn
 
 import jax
 import numpy as np
 from PIL import Image
 
 from sam2_jax import checkpoint, evaluate, metrics, plots
-from sam2_jax.config import fail
+from sam2_jax.config import Parser, fail
 from sam2_jax.data.folders import EVAL, FolderSource, open_folder
 from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
 from sam2_jax.predict.video import make_tracker
 from sam2_jax.types import UserError
 
 CACHE = pathlib.Path.home() / ".cache" / "sam2_jax"
+RESOLUTION = 1024  # that of the released weights
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as every other error of the user's."""
+def load(path: pathlib.Path, resolution: int | None = None) -> tuple[Sam2, dict]:
+    """The model that a checkpoint belongs to, and its parameters (float32).
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+    `resolution` is for files of weights only, which fit every one.
+    """
+    found = checkpoint.find_params(path, key="--checkpoint")
+    model = model_of_file(found, resolution) if found.is_file() else model_of_run(path, found)
+    if resolution is not None and not found.is_file():
+        raise UserError(
+            f"--resolution={resolution} is for files of weights: --checkpoint={path} is of "
+            f"{model.resolution} pixels, as its {checkpoint.CONFIG} says; leave the flag out"
+        )
+    like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return model, checkpoint.load_init(found, like)
 
 
-def load(path: pathlib.Path) -> tuple[Sam2, dict]:
-    """The model that a checkpoint belongs to, and its parameters (float32)."""
-    folder = checkpoint.find_params(path, key="--checkpoint")
-    where = next((p for p in folder.resolve().parents if (p / checkpoint.CONFIG).is_file()), None)
+def model_of_file(found: pathlib.Path, resolution: int | None) -> Sam2:
+    """The model of a file of weights, by its tensors."""
+    variant, version = checkpoint.identify(found)
+    return make_sam2(variant, RESOLUTION if resolution is None else resolution, version)
+
+
+def model_of_run(path: pathlib.Path, found: pathlib.Path) -> Sam2:
+    """The model of a folder, by the config.json above it; `path` is what the user gave."""
+    where = checkpoint.config_beside(found)
     if where is None:
         raise UserError(
             f"--checkpoint={path}: no {checkpoint.CONFIG} beside or above it says which model it "
@@ -49,16 +65,12 @@ def load(path: pathlib.Path) -> tuple[Sam2, dict]:
     config = checkpoint.read_config(where)
     try:
         m = (config or {})["model"]
-        model = make_sam2(m["variant"], m["resolution"], version=m["version"])
+        return make_sam2(m["variant"], m["resolution"], version=m["version"])
     except (TypeError, KeyError) as e:
         raise UserError(
             f"{where / checkpoint.CONFIG} describes no model ({e!r}): expected model.variant, "
             "model.resolution and model.version, as scripts/train.py writes them"
         ) from e
-    like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
-    return model, checkpoint.load_init(folder, like)
 
 
 class Writer:
@@ -108,17 +120,14 @@ def report(results: metrics.Results) -> dict:
 
 def main(argv: list[str]) -> None:
     """Evaluates as the flags say."""
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
     parser.add_argument("--data_root", required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--resolution", type=int)
     args = parser.parse_args(argv)
     source = open_folder(args.data_root, EVAL, key="--data_root")
-    model, params = load(args.checkpoint)
+    model, params = load(args.checkpoint, args.resolution)
     args.output.mkdir(parents=True, exist_ok=True)
     sheet, write = plots.Sheet(), Writer(source, args.output)
 

@@ -127,7 +127,7 @@ def prepare(config: Any) -> Run:
     if latest is not None:
         checkpoint.check_same_model(workdir, config.to_dict())
     elif config.checkpoint.init_from:
-        checkpoint.find_params(pathlib.Path(config.checkpoint.init_from))
+        checkpoint.check_init(config.checkpoint.init_from, shapes)
     return Run(
         workdir,
         mesh,

@@ -2,17 +2,16 @@
 
 import json
 import os
-import pickle
 import shutil
-import sys
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from sam2_jax import checkpoint, convert, sharding
+from sam2_jax import checkpoint, convert, sharding, weights
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.types import UserError
 
@@ -184,44 +183,49 @@ def test_resume_names_a_folder_that_is_missing(saved, part):
         checkpoint.restore(workdir, 4, shapes(tree(0)), rest, iterator())
 
 
-def test_init_takes_official_weights(tmp_path):
-    torch = pytest.importorskip("torch")
+@pytest.mark.parametrize("ending", weights.SUFFIXES)
+def test_init_takes_files_of_weights(tmp_path, ending):
+    if ending in weights.PICKLED:
+        pytest.importorskip("torch")
     params = init_params(make_sam2("nano", 64), jax.random.key(0))
-    state = convert.to_reference(jax.device_get(params))
-    path = tmp_path / "official.pt"
-    torch.save({"model": {k: torch.tensor(v) for k, v in state.items()}}, path)
+    path = tmp_path / f"official{ending}"
+    weights.write(path, convert.to_reference(jax.device_get(params)))
     assert checkpoint.find_params(path) == path
     like = shapes(params, fsdp=4)
+    assert checkpoint.check_init(path, like) == path
     loaded = checkpoint.load_init(path, like)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     jax.tree.map(lambda x, y: pytest.fail() if x.sharding != y.sharding else None, loaded, like)
-    with pytest.raises(UserError, match=r"official\.pt: .*lacks"):
-        checkpoint.load_init(path, shapes(params | {"no_such": jnp.zeros(2)}))
+    older = shapes({k: x for k, x in params.items() if k != "no_obj_embed_spatial"})
+    for check in (checkpoint.check_init, checkpoint.load_init):
+        with pytest.raises(UserError, match=rf"official\{ending}: .*has not: no_obj_embed_spatial"):
+            check(path, older)
 
 
-class Code:
-    """Runs a command where it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+def test_init_without_a_sharding_is_on_one_device(saved):
+    loaded = checkpoint.load_init(saved[0], jax.eval_shape(lambda: tree(0)))
+    assert loaded["neck"]["bias"].sharding.device_set == {jax.devices()[0]}
 
 
-def test_official_weights_run_no_code(tmp_path):
-    torch = pytest.importorskip("torch")
-    torch.save({"model": Code(tmp_path / "run")}, tmp_path / "evil.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Code(tmp_path / "run")}))
-    (tmp_path / "empty.pt").write_bytes(b"")
-    for name in ("evil", "plain", "empty"):
-        with pytest.raises(UserError, match=rf"{name}\.pt cannot be read as official weights"):
-            checkpoint.load_init(tmp_path / f"{name}.pt", shapes(tree(0)))
-    assert not (tmp_path / "run").exists()
+def test_the_check_before_a_run_reads_no_values(tmp_path, saved, monkeypatch):
+    params = jax.eval_shape(lambda: init_params(make_sam2("nano", 64), jax.random.key(0)))
+    state = convert.to_reference(jax.tree.map(lambda x: weights.hollow(x.shape), params))
+    weights.write(tmp_path / "w.safetensors", state)
+    monkeypatch.setattr(jax, "device_put", None)
+    monkeypatch.setattr(ocp, "StandardCheckpointer", None)
+    checkpoint.check_init(tmp_path / "w.safetensors", params)
+    checkpoint.check_init(saved[0], shapes(tree(0)))
+    with pytest.raises(UserError, match="'neck/bias' is"):
+        checkpoint.check_init(saved[0], shapes(tree(0, width=5)))
 
 
-def test_official_weights_need_torch(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "official.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="pip install torch"):
-        checkpoint.load_init(tmp_path / "official.pt", shapes(tree(0)))
+def test_folders_and_files_are_identified(tmp_path, saved):
+    params = jax.eval_shape(lambda: init_params(make_sam2("nano", 64, "2.0"), jax.random.key(0)))
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params)
+    weights.write(tmp_path / "w.safetensors", convert.to_reference(params))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "folder", params)
+    for name in ("w.safetensors", "folder"):
+        assert checkpoint.identify(tmp_path / name) == ("nano", "2.0")
+    with pytest.raises(UserError, match="checkpoints/2/params: tensors that no SAM 2 has: neck/"):
+        checkpoint.identify(saved[0] / "checkpoints/2/params")

@@ -54,7 +54,7 @@ class FakeTracker:
         self.calls, self.num_objects = collections.Counter(), set()
 
     def tracker(self):
-        return video.Tracker(self.first, self.next)
+        return video.Tracker(self.first, self.first, self.next)
 
     def _logits(self, t, first, image):
         truth = np.zeros_like(first)

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from sam2_jax import metrics, plots
+from sam2_jax import convert, metrics, plots, weights
 from sam2_jax.data.folders import EVAL, open_folder
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.predict import video
@@ -85,7 +85,7 @@ def static_tracker(model) -> video.Tracker:
     def following(params, masks, image) -> Any:
         return masks, low(masks)
 
-    return video.Tracker(first, following)
+    return video.Tracker(first, first, following)
 
 
 def read(path: pathlib.Path) -> np.ndarray:
@@ -151,6 +151,26 @@ def test_load_names_what_is_wrong(script, workdir, tmp_path):
             script.load(lonely)
     finally:
         (lonely / "params").rename(workdir / "checkpoints/2/params")
+
+
+def test_load_takes_files_of_weights(script, workdir, tmp_path):
+    path = tmp_path / "w.safetensors"
+    older = make_sam2("nano", 64, "2.0")
+    params = jax.device_get(init_params(older, jax.random.key(0)))
+    state = convert.to_reference(params)
+    weights.write(path, state)
+    model, loaded = script.load(path)
+    assert model == make_sam2("nano", 1024, "2.0")
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert script.load(path, 96)[0] == make_sam2("nano", 96, "2.0")
+    with pytest.raises(UserError, match="resolution 100 is not"):
+        script.load(path, 100)
+    with pytest.raises(UserError, match=r"--resolution=96 is for files .*64 pixels"):
+        script.load(workdir, 96)
+    del state["no_obj_ptr"]
+    weights.write(path, state, overwrite=True)
+    with pytest.raises(UserError, match=r"w\.safetensors: .*lacks.*no_obj_ptr; .*nano 2\.0"):
+        script.load(path)
 
 
 def test_frames_before_the_first_annotation_are_background(script, davis, tmp_path):

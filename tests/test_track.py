@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sam2_jax import losses, prompts, track
+from sam2_jax.decode import Inference
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.predict import video
 from sam2_jax.types import Batch, PromptPlan
@@ -164,7 +165,7 @@ def test_one_frame_at_a_time_is_the_scan(model, params, frames):
     whole = jax.jit(partial(track.track, model, deterministic=True, points=False))(
         params, batch, prompts.mask_plan(frames), KEY
     )
-    tracker = video.make_tracker(model)
+    tracker = video.make_tracker(model, Inference())
     state, logits = tracker.first(params, batch.images[0, 0], batch.masks[0, 0], jnp.int32(frames))
     each = [logits]
     for t in range(1, frames):

@@ -9,8 +9,12 @@ from typing import Any
 import jax
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 from jax._src.clusters import cloud_tpu_cluster
 
+from sam2_jax import config as config_lib
+from sam2_jax import convert, weights
+from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -88,6 +92,23 @@ def test_a_launcher_that_jax_does_not_know_is_named(script, joined, monkeypatch)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match="--coordinator_address, --num_processes"):
         script.connect()
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.1"])
+def test_weights_are_checked_before_the_run(script, tmp_path, version):
+    model = make_sam2("nano", 64, version)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    state = convert.to_reference(jax.tree.map(lambda x: weights.hollow(x.shape), shapes))
+    weights.write(tmp_path / "w.safetensors", state)
+    config = config_lib.load_file(str(ROOT / "configs/smoke.py"))
+    config.data.batch_size = jax.device_count()
+    config.checkpoint.init_from = str(tmp_path / "w.safetensors")
+    with flagsaver.flagsaver(workdir=str(tmp_path / "run")):
+        if version == "2.1":
+            assert script.prepare(config).latest is None
+        else:
+            with pytest.raises(UserError, match=r"looks like nano 2\.0.*model\.version=2\.0"):
+                script.prepare(config)
 
 
 @pytest.mark.parametrize("below", ["", "/run"])

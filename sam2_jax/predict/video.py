@@ -12,11 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from sam2_jax import memory
-from sam2_jax.decode import Tracking, Visit
+from sam2_jax.decode import Inference, Prompt, Tracking, Visit
 from sam2_jax.model.sam2 import Sam2
 from sam2_jax.prompts import noisy_box, uniform_click
 from sam2_jax.track import empty_bank, encode_frames, visit_frame
 from sam2_jax.types import Array, Bank
+
+# As the reference's evaluation runs its predictor; memories in half the space are part of it.
+PLAIN = Inference(from_low=True, memory_dtype=jnp.bfloat16)
+# As its predictor is built by default, but for holes in masks, which it fills on GPUs only.
+POSTPROCESSED = PLAIN._replace(stability=True, binarise=True)
 
 
 class Tracked(NamedTuple):
@@ -27,20 +32,26 @@ class Tracked(NamedTuple):
 
 
 class Tracker(NamedTuple):
-    """Tracking one frame at a time, for clips of any length."""
+    """Tracking one frame at a time, for clips of any length; see `make_tracker`."""
 
     first: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
+    first_points: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
     next: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
 
 
-def make_tracker(model: Sam2) -> Tracker:
-    """Semi-supervised tracking: `first` is given masks, `next` finds them on the frames after.
+def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
+    """Tracking from a first frame: it is given masks or points, `next` finds them on the others.
 
-    `first(params, image, masks, num_frames)` and `next(params, state, image)` return a state and
-    low-resolution mask logits (o, h/4, w/4). Images are uint8 (h, w, 3) at the model's
-    resolution, masks boolean (o, h, w); `num_frames` is the length of the clip. One program per
-    number of objects serves both: nearly all frames have all the memories there can be, so that
-    programs for fewer would cost more to compile than they save.
+    `first(params, image, masks, num_frames)`, `first_points(params, image, points, labels,
+    num_frames)` and `next(params, state, image)` return a state and low-resolution mask logits
+    (o, h/4, w/4). Images are uint8 (h, w, 3) at the model's resolution, masks boolean (o, h, w);
+    points (o, p, 2) are x, y in pixels of the model's input, labels (o, p) are 1 on the object,
+    0 beside it, 2 and 3 for the corners of a box, which come first. `num_frames` is the length of
+    the clip.
+
+    One program per number of objects serves all frames, another the points: nearly all frames have
+    all the memories there can be, so that programs for fewer would cost more to compile than they
+    save.
     """
     unbounded = memory.POINTER_WINDOW + 2  # longer than any window: nothing is sized by the clip
 
@@ -55,33 +66,53 @@ def make_tracker(model: Sam2) -> Tracker:
             box=noisy_box,
             exact=False,
             points=False,
-            stability=True,
+            inference=inference,
         )
 
-    @partial(jax.jit, donate_argnums=1)
-    def visit(params, state: Tracked, image, masks, is_first):
+    def visit(params, state: Tracked, image, masks, is_cond, from_mask, prompt=None):
         tracking = make_tracking(params)
         key = jax.random.key(0)  # nothing is drawn
         features = jax.tree.map(lambda x: x[0], encode_frames(tracking, image[None, None], key))
         no = jnp.zeros((), bool)
         item = Visit(
-            state.frame, features, masks[None], is_first, is_first, no, no, jnp.zeros(0, bool)
+            state.frame, features, masks[None], from_mask, is_cond, no, no, jnp.zeros(0, bool)
         )
-        bank, out = visit_frame(tracking, state.bank, item, key)
+        bank, out = visit_frame(tracking, state.bank, item, key, prompt)
         return Tracked(bank, state.frame + 1), out.mask[0]
 
-    def first(params, image, masks, num_frames):
+    @partial(jax.jit, donate_argnums=1)
+    def visit_mask(params, state: Tracked, image, masks, is_first):
+        return visit(params, state, image, masks, is_first, is_first)
+
+    @partial(jax.jit, donate_argnums=1)
+    def visit_points(params, state: Tracked, image, points, labels):
+        masks = nothing(len(labels))
+        prompt = Prompt(points[None], labels[None], jnp.int32(labels.shape[1]))
+        yes = jnp.ones((), bool)
+        return visit(params, state, image, masks, yes, ~yes, prompt)
+
+    def nothing(objects: int):
+        return jnp.zeros((objects, model.resolution, model.resolution), bool)
+
+    def start(params, objects: int, num_frames) -> Tracked:
         side = model.resolution // 16
         top_shape = (1, side, side, model.variant.hidden_dim)
-        bank = empty_bank(make_tracking(params), top_shape, masks.shape[0], 1)
+        bank = empty_bank(make_tracking(params), top_shape, objects, 1)
         distance = min(int(num_frames), memory.POINTER_WINDOW + 1) - 1
         bank = bank._replace(max_distance=jnp.asarray(distance, jnp.int32))
-        state = Tracked(bank, jnp.zeros((), jnp.int32))
-        return visit(params, state, image, jnp.asarray(masks), jnp.ones((), bool))
+        return Tracked(bank, jnp.zeros((), jnp.int32))
+
+    def first(params, image, masks, num_frames):
+        state = start(params, masks.shape[0], num_frames)
+        return visit_mask(params, state, image, jnp.asarray(masks), jnp.ones((), bool))
+
+    def first_points(params, image, points, labels, num_frames):
+        state = start(params, labels.shape[0], num_frames)
+        points, labels = jnp.asarray(points, jnp.float32), jnp.asarray(labels, jnp.int32)
+        return visit_points(params, state, image, points, labels)
 
     def following(params, state, image):
         objects = state.bank.memory.values.shape[1]
-        nothing = jnp.zeros((objects, model.resolution, model.resolution), bool)
-        return visit(params, state, image, nothing, jnp.zeros((), bool))
+        return visit_mask(params, state, image, nothing(objects), jnp.zeros((), bool))
 
-    return Tracker(first, following)
+    return Tracker(first, first_points, following)
