@@ -114,10 +114,12 @@ def dense_prompt(tracking: Tracking, visit: Visit) -> Float[Array, "b o h w c"]:
 
     def given():
         mask = visit.truth.reshape(b * o, h, w).astype(visit.features.top.dtype)
-        return tracking.call("mask_prompt", tracking.call("downsample_mask", mask))
+        dense = tracking.call("mask_prompt", tracking.call("downsample_mask", mask))
+        return dense.astype(visit.features.top.dtype)
 
     def none():
         embed = tracking.call("no_mask_prompt")
+        embed = embed.astype(visit.features.top.dtype)
         return jnp.broadcast_to(embed, (b * o, *side, embed.shape[0]))
 
     dense = jax.lax.cond(visit.from_mask, given, none)

@@ -120,8 +120,8 @@ def encode_frames(tracking: Tracking, images: Array, key: PRNGKeyArray) -> Featu
 
 
 def compute_dtype(params: dict):
-    """The dtype that parameters, and so everything computed from them, are in."""
-    return params["no_mem_embed"].dtype
+    """The dtype of kernels, in which products are computed and memories kept."""
+    return params["mask_downsample"]["kernel"].dtype
 
 
 def empty_bank(tracking: Tracking, top_shape: tuple[int, ...], objects: int, max_cond: int) -> Bank:
@@ -147,7 +147,7 @@ def condition(
 
     def remembering(count: int):
         context = memory.read(bank, visit.frame, count, tracking.num_frames)
-        context = context._replace(memory=context.memory.astype(top.dtype))
+        context = context._replace(memory=context.memory.astype(compute_dtype(tracking.params)))
         return tracking.call(
             "with_memory",
             top,

@@ -22,9 +22,9 @@ Metrics = dict[str, Array]  # scalars
 # (params, batch, plan, key) -> (loss, scalar terms); the loss is summed over what the batch holds
 # on all devices.
 LossFn = Callable[[Params, Batch, PromptPlan, RandomKey], tuple[Array, Metrics]]
-# Leaves that stay float32 in a bfloat16 step: random frequencies of up to several periods an
-# image lose the position at 8 bits.
-FLOAT32_LEAVES = ("gaussian",)
+# Leaves that a bfloat16 step computes with in bfloat16. All others, few and small, stay float32 and
+# keep what they are added to in float32: embeddings, norms, biases, random frequencies.
+KERNELS = ("kernel", "dwconv_kernel")
 
 
 class State(NamedTuple):
@@ -44,11 +44,11 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> State:
 
 
 def compute_copy(params: Params, dtype: Any) -> Params:
-    """The parameters in the dtype of the computation; buffers that need float32 keep it."""
+    """The parameters with the kernels in the dtype of the computation."""
 
     def cast(keys: Any, leaf: Array) -> Array:
         name = rules.path_of(keys).rsplit("/", 1)[-1]
-        return leaf if name in FLOAT32_LEAVES else leaf.astype(dtype)
+        return leaf.astype(dtype) if name in KERNELS else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
-from sam2_jax import checkpoint, loop, optim, records, sharding, train
+from sam2_jax import checkpoint, loop, optim, records, rules, sharding, train
 from sam2_jax.types import Array, Batch, PromptPlan, UserError
 
 BATCH = 4
@@ -229,7 +229,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     seen = {}
 
     def spy(params, batch, plan, key) -> tuple[Array, train.Metrics]:
-        seen.update({k: v.dtype for k, v in params.items() if not isinstance(v, dict)})
+        leaves = jax.tree.leaves(params)
+        seen.update({k: v.dtype for k, v in zip(rules.paths_of(params), leaves, strict=True)})
         return loss_fn(params, batch, plan, key)
 
     params = init_params(jax.random.key(0))
@@ -240,8 +241,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     state, metrics = jax.jit(step)(
         train.init_state(params, optimizer.tx), example(0), jax.random.key(0)
     )
-    assert seen["no_mem_embed"] == jnp.bfloat16
-    assert seen["gaussian"] == jnp.float32  # positions need more than 8 bits
+    for path, dtype in seen.items():
+        assert dtype == (jnp.bfloat16 if path.endswith("kernel") else jnp.float32), path
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert metrics["grad_norm"].dtype == jnp.float32
 

@@ -1,5 +1,9 @@
 """Small layers that the parts of SAM 2 share.
 
+Precision follows the kernels: a product is computed in its kernel's dtype, whatever its input's.
+All else promotes, so that beside kernels in bfloat16 norms and residual sums stay in float32, as
+under torch's autocast.
+
 Source: facebookresearch/sam2@2b90b9f sam2_utils.py. Initialisation is torch's default (uniform,
 variance 1 / (3 fan_in)) with zero biases.
 """
@@ -17,8 +21,18 @@ torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
 def dense(features: int, name: str | None = None, use_bias: bool = True) -> nn.Dense:
-    """torch.nn.Linear."""
-    return nn.Dense(features, use_bias=use_bias, kernel_init=torch_uniform, name=name)
+    """torch.nn.Linear, in the dtype of its kernel."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        kernel_init=torch_uniform,
+        promote_dtype=_to_kernel_dtype,
+        name=name,
+    )
+
+
+def _to_kernel_dtype(x, kernel, bias, **_):
+    return x.astype(kernel.dtype), kernel, None if bias is None else bias.astype(kernel.dtype)
 
 
 def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
@@ -61,6 +75,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", torch_uniform, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, bias = x.astype(kernel.dtype), bias.astype(kernel.dtype)
         if self.size == 1:
             return x @ kernel[0, 0] + bias
         return strided_conv(x, kernel, self.stride, self.pad) + bias
@@ -131,6 +146,7 @@ class Upsample2(nn.Module):
         n, h, w, c = x.shape
         kernel = self.param("kernel", init, (c, 2, 2, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, bias = x.astype(kernel.dtype), bias.astype(kernel.dtype)
         y = jnp.einsum("nhwc,cijd->nhiwjd", x, kernel)
         return y.reshape(n, 2 * h, 2 * w, self.features) + bias
 

@@ -104,7 +104,7 @@ class MemoryAttention(nn.Module):
         # The first self-attention sees the same features for every object of a video: once per
         # video is enough. In training the objects then share the draw on those weights (the
         # dropout of the output stays per object), a deviation from the reference.
-        x = image + jnp.asarray(0.1 * image_code, image.dtype)
+        x = image + 0.1 * jnp.asarray(image_code)
         for i in range(self.num_layers):
             norm1 = layers.layer_norm(1e-5, f"layers_{i}_norm1")
             attend = SelfAttention(self.dim, self.attention_dropout, name=f"layers_{i}_self_attn")

@@ -35,7 +35,7 @@ class CXBlock(nn.Module):
         kernel = self.param("dwconv_kernel", nn.initializers.uniform(2 / 7), (7, 7, 1, self.dim))
         bias = self.param("dwconv_bias", nn.initializers.zeros, (self.dim,))
         gamma = self.param("gamma", nn.initializers.constant(1e-6), (self.dim,))
-        y = layers.depthwise_conv(x, kernel) + bias
+        y = layers.depthwise_conv(x.astype(kernel.dtype), kernel) + bias
         y = layers.dense(4 * self.dim, "pwconv1")(layers.LayerNorm2d(name="norm")(y))
         return x + gamma * layers.dense(self.dim, "pwconv2")(layers.gelu(y))
 

@@ -88,11 +88,11 @@ class Sam2(nn.Module):
         b, h, w, c = top.shape
         o, k, n, d = memory.shape[1:]
         split = c // d
-        code = jnp.asarray(sine_grid(h, w, d).reshape(n, d), memory.dtype)
-        code = code + self.maskmem_tpos_enc[frames][:, None]
+        code = jnp.asarray(sine_grid(h, w, d).reshape(n, d))
+        code = (code + self.maskmem_tpos_enc[frames][:, None]).astype(memory.dtype)
         tokens = pointers.reshape(b * o, -1, d)  # a pointer is cut into c / d tokens
         if self.version == "2.1":
-            time = self.obj_ptr_tpos_proj(sine_1d(pointer_frames, c).astype(memory.dtype))
+            time = self.obj_ptr_tpos_proj(sine_1d(pointer_frames, c))
         else:
             time = jnp.zeros((pointers.shape[2], d), memory.dtype)
         mask = None
