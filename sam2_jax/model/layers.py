@@ -9,6 +9,7 @@ variance 1 / (3 fan_in)) with zero biases.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,8 +32,10 @@ def dense(features: int, name: str | None = None, use_bias: bool = True) -> nn.D
     )
 
 
-def _to_kernel_dtype(x, kernel, bias, **_):
-    return x.astype(kernel.dtype), kernel, None if bias is None else bias.astype(kernel.dtype)
+def _to_kernel_dtype(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
+    """nn.Dense's hook for input, kernel and bias (or None)."""
+    del dtype, inexact
+    return [None if x is None else x.astype(args[1].dtype) for x in args]
 
 
 def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
