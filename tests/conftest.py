@@ -28,3 +28,5 @@ def pytest_addoption(parser):
     # Of tests/parity; pytest reads options only from here
     parser.addoption("--parity-seed", type=int, default=0, help="weights, clips and prompts")
     parser.addoption("--parity-variant", default="nano", help="model size")
+    parser.addoption("--parity-resolution", type=int, default=0, help="0: 64 for nano, else 256")
+    parser.addoption("--parity-json", default="", help="file for the largest error of every part")

@@ -44,8 +44,12 @@ def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
 
 
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Exact GELU: Flax's default is the tanh approximation, JAX's exact one a slower erfc."""
-    return x * (0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5)))
+    """Exact GELU: Flax's default is the tanh approximation, JAX's exact one a slower erfc.
+
+    In float32, as torch inside: where erf is near -1 bfloat16 would have nothing left of the sum.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * (0.5 * (1.0 + jax.lax.erf(wide * 0.5**0.5)))).astype(x.dtype)
 
 
 class LayerNorm2d(nn.Module):

@@ -1,28 +1,47 @@
 """Comparison with the reference, where torch and the `sam2` package are installed.
 
-`--parity-seed` draws other weights, clips and prompts; `--parity-variant` takes another size.
+`--parity-seed` draws other weights, clips and prompts; `--parity-variant` takes another size and
+`--parity-resolution` another side of its images; `--parity-json` writes the errors to a file.
 """
 # pyright: reportMissingImports=false
 
 import importlib.util
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from tests.parity import compare
+
 INSTALLED = all(importlib.util.find_spec(name) for name in ("torch", "sam2", "training"))
 collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
-RESOLUTION = 64
-ERRORS: dict[str, float] = {}
+close = compare.close
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     """Largest error of every part, relative to the largest number in it."""
-    if ERRORS:
-        terminalreporter.section("parity: largest errors")
-        for name, error in sorted(ERRORS.items()):
-            terminalreporter.line(f"{error:.1e}  {name}")
+    if not compare.WORST:
+        return
+    terminalreporter.section("parity: largest error, the reference's own in float32, tolerance")
+    for part, worst in sorted(compare.WORST.items()):
+        noise = "   -   " if worst.noise is None else f"{worst.noise:.1e}"
+        terminalreporter.line(f"{worst.error:.1e}  {noise}  {worst.tolerance:.0e}  {part}")
+    if path := config.getoption("--parity-json"):
+        report = {
+            "seed": config.getoption("--parity-seed"),
+            "variant": config.getoption("--parity-variant"),
+            "resolution": resolution_of(config),
+            "parts": {part: worst._asdict() for part, worst in sorted(compare.WORST.items())},
+        }
+        pathlib.Path(path).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def resolution_of(config) -> int:
+    default = 64 if config.getoption("--parity-variant") == "nano" else 256
+    return config.getoption("--parity-resolution") or default
 
 
 class Pair(NamedTuple):
@@ -33,29 +52,23 @@ class Pair(NamedTuple):
     params: Mapping
 
 
-def close(
-    part: str, ours, theirs, tolerance: float = 1e-5, scale: float = 0.0, name: str = ""
-) -> float:
-    """Assert equality up to `tolerance` times the largest magnitude (at least `scale`)."""
-    if hasattr(theirs, "detach"):
-        theirs = theirs.detach().numpy()
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape, f"{part} {name}: {ours.shape} {theirs.shape}"
-    assert np.isfinite(theirs).all(), f"{part} {name}"
-    scale = max(float(np.abs(theirs).max(initial=0)), scale, 1e-30)
-    error = float(np.abs(ours - theirs).max(initial=0)) / scale
-    ERRORS[part] = max(error, ERRORS.get(part, 0.0))
-    assert error <= tolerance, f"{part} {name}: {error:.2e} > {tolerance:.0e}"
-    return error
-
-
 @pytest.fixture(scope="session")
 def seed(request) -> int:
     return request.config.getoption("--parity-seed")
 
 
 @pytest.fixture(scope="session")
-def make_pair(request, seed):
+def resolution(request) -> int:
+    return resolution_of(request.config)
+
+
+@pytest.fixture(scope="session")
+def is_nano(request) -> bool:
+    return request.config.getoption("--parity-variant") == "nano"
+
+
+@pytest.fixture(scope="session")
+def make_pair(request, seed, resolution):
     """A function kind -> Pair, each built once: "2.0", "2.1" or "faint" (2.1, see `build`)."""
     import jax
     import torch
@@ -64,14 +77,14 @@ def make_pair(request, seed):
     from sam2_jax.model.sam2 import init_params, make_sam2
     from tests.parity import reference
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if request.config.getoption("--parity-variant") == "nano" else 2)
     name = request.config.getoption("--parity-variant")
     made: dict[str, Pair] = {}
 
     def make(kind: str) -> Pair:
         if kind not in made:
-            model = make_sam2(name, RESOLUTION, "2.1" if kind == "faint" else kind)
-            theirs = reference.build(model.variant, RESOLUTION, kind, seed)
+            model = make_sam2(name, resolution, "2.1" if kind == "faint" else kind)
+            theirs = reference.build(model.variant, resolution, kind, seed)
             like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
             params = from_reference(reference.state_of(theirs), like)
             made[kind] = Pair(theirs, model, params)
@@ -85,6 +98,38 @@ def pair(make_pair) -> Pair:
     return make_pair("2.1")
 
 
+@pytest.fixture(scope="session")
+def step(is_nano):
+    """Our training pass, see `ours.make_step`: one for all tests, for it compiles for long."""
+    from tests.parity.ours import make_step
+
+    return make_step("none" if is_nano else "frame")
+
+
 @pytest.fixture
 def rng(seed) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def draw(rng):
+    """Normal numbers of a shape."""
+
+    def normal(*shape) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return normal
+
+
+@pytest.fixture(scope="session")
+def call():
+    """A method of ours, jitted."""
+    import jax
+
+    def run(pair, method, *args):
+        def apply(params, *args):
+            return pair.model.apply({"params": params}, *args, method=method)
+
+        return jax.jit(apply)(pair.params, *args)
+
+    return run

@@ -1,16 +1,15 @@
-"""The reference's own classes at any of our sizes, with random weights, and its training forward.
+"""The reference's own classes at any of our sizes, with random weights.
 
 Settings are those of its sam2.1_hiera_b+_MOSE_finetune.yaml, without dropout.
 """
 # pyright: reportMissingImports=false
 
-from types import SimpleNamespace
+import copy
+from fnmatch import fnmatch
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-import training.model.sam2
 from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
@@ -19,14 +18,25 @@ from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import RoPEAttention, TwoWayTransformer
 from sam2.modeling.sam2_utils import LayerNorm2d
-from training.loss_fns import MultiStepMultiMasksAndIous
 from training.model.sam2 import SAM2Train
 
 from sam2_jax.model.variants import Variant
-from sam2_jax.types import Batch, PromptPlan
 
-CORRECTIONS = 3  # clicks per corrected frame; the reference's configuration has 7
-GAIN = 1.2
+CORRECTIONS = 7  # clicks per corrected frame
+# Gains over 1/sqrt(fan-in), by part of the name, the first that matches. With equal gains all
+# frames and objects look alike to the decoder and attention to pointers underflows: nothing would
+# depend on memory, and no test would see it.
+GAINS = (
+    (("cross_attn_image.v_proj", "cross_attn_image.out_proj"), 3.0),
+    (("token_to_image.v_proj", "token_to_image.out_proj", "mask_downsampler.encoder.12"), 3.0),
+    (("transformer.*.q_proj", "transformer.*.k_proj", "obj_ptr_proj.layers.2"), 2.0),
+    (("memory_attention*q_proj", "memory_attention*k_proj"), 1.5),
+    (("pix_feat_proj", "hypernetworks_mlps.*.layers.2"), 0.5),
+    (("memory_encoder.out_proj",), 0.3),
+    (("",), 1.2),
+)
+# Layers that read the output of a norm, not those that write to a residual stream
+INSIDE = ("qkv", "q_proj", "k_proj", "v_proj", "linear1", "mlp.layers.0", "pwconv1")
 MEAN, STD = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
@@ -57,8 +67,8 @@ class Reference(SAM2Train):
 def build(v: Variant, resolution: int, kind: str, seed: int) -> Reference:
     """The reference's training model at our variant's dimensions, every tensor random.
 
-    `kind` is a version, or "faint": version 2.1 with all weights so small that norms see numbers
-    beside which their epsilon matters.
+    `kind` is a version, or "faint": version 2.1 with so little in its residual streams that norms
+    see numbers beside which their epsilon matters, and as much as ever between norm and stream.
     """
     torch.manual_seed(seed)
     c, d = v.hidden_dim, v.memory_dim
@@ -127,7 +137,7 @@ def build(v: Variant, resolution: int, kind: str, seed: int) -> Reference:
         multimask_min_pt_num=0,
         multimask_max_pt_num=1,
         use_mlp_for_obj_ptr_proj=True,
-        # What the prompts of a step are is scripted, see `Script`
+        # What the prompts of a step are is scripted, see rollout.py
         prob_to_use_pt_input_for_train=0.5,
         prob_to_use_box_input_for_train=0.5,
         prob_to_sample_from_gt_for_train=0.1,
@@ -140,11 +150,14 @@ def build(v: Variant, resolution: int, kind: str, seed: int) -> Reference:
     ).train()
     randomise(model)
     if kind == "faint":
-        norms = [m for m in model.modules() if isinstance(m, (torch.nn.LayerNorm, LayerNorm2d))]
-        kept = {id(x) for norm in norms for x in norm.parameters()}
         with torch.no_grad():
-            for x in model.parameters():
-                x *= 1.0 if id(x) in kept else 0.02
+            for name, module in model.named_modules():
+                is_norm = isinstance(module, (torch.nn.LayerNorm, LayerNorm2d))
+                # In the two-way transformer the stream itself comes out of norms
+                kept = is_norm and "sam_mask_decoder.transformer" not in name
+                if not kept and not any(x in name for x in INSIDE):
+                    for x in module.parameters(recurse=False):
+                        x *= 0.02
     return model
 
 
@@ -154,9 +167,8 @@ def randomise(model: torch.nn.Module) -> None:
         for name, x in model.state_dict().items():
             if name.endswith("weight") and x.ndim > 1 and "embed." not in name:
                 fan_in = x[0].numel() if "upscaling" not in name else len(x)
-                # Attention to memories that tells one from another
-                sharp = "memory_attention" in name and ("q_proj" in name or "k_proj" in name)
-                x.normal_(0.0, (2.5 if sharp else GAIN) / fan_in**0.5)
+                gain = next(g for globs, g in GAINS if any(fnmatch(name, f"*{k}*") for k in globs))
+                x.normal_(0.0, gain / fan_in**0.5)
             else:
                 x += 0.3 * torch.randn_like(x)
 
@@ -166,119 +178,18 @@ def score_bias(model: Any) -> torch.Tensor:
     return model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias
 
 
-def balance(model: Reference, frames: list[dict]) -> None:
-    """Shift the object scores in `frames` so that both signs occur, none near zero."""
-    scores = [
-        score.flatten()
-        for frame in frames
-        if frame["mask_inputs"] is None
-        for score in frame["multistep_object_score_logits"]
-    ]
-    ordered = torch.cat(scores).sort().values
-    third = len(ordered) // 3
-    middle = ordered[third : len(ordered) - third]
-    widest = int((middle[1:] - middle[:-1]).argmax())
-    with torch.no_grad():
-        bias = score_bias(model)
-        bias -= (middle[widest] + middle[widest + 1]) / 2
+def exact_copy(model: Reference) -> Reference:
+    """The same weights in float64; to be run within `rollout.float64`."""
+    exact = copy.deepcopy(model).double()
+    for module in exact.modules():
+        # Tables made in float32 when the model was: made anew when they are next needed
+        if isinstance(module, RoPEAttention):
+            module.freqs_cis = module.freqs_cis[:0]
+        if isinstance(module, PositionEmbeddingSine):
+            module.cache.clear()
+    return exact
 
 
 def state_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     """All tensors as arrays."""
     return {name: x.detach().numpy().copy() for name, x in model.state_dict().items()}
-
-
-class Script:
-    """Stands in for the reference's random numbers: answers so that it follows our plan."""
-
-    def __init__(self, plan):
-        self.plan = plan
-        t = np.arange(len(plan.is_cond))
-        cond, corrected = t[plan.is_cond], t[plan.is_corrected]
-        rest = [i for i in t if i not in cond]
-        order = list(cond) + rest  # as the reference visits them
-        self.answers: list[Any] = [0.0 if plan.use_points else 0.9]  # use_pt_input
-        if plan.use_points:
-            self.answers += [0.0 if plan.is_box[i] else 0.9 for i in cond]
-            for i in order:
-                if plan.is_corrected[i]:
-                    self.answers += [0.0 if x else 0.9 for x in plan.from_truth[i]]
-        self.counts = [len(cond), len(corrected)]
-        self.frames = [[i for i in cond if i], [i for i in corrected if not plan.is_cond[i]]]
-        self.frames = [list(map(int, frames)) for frames in self.frames if frames]
-
-    def random(self):
-        return self.answers.pop(0)
-
-    def integers(self, low, high, endpoint):
-        return self.counts.pop(0) if low == 1 else self.counts[-1]
-
-    def choice(self, among, size, replace):
-        frames = self.frames.pop(0)
-        assert len(frames) == size and set(frames) <= set(among)
-        return np.array(frames)
-
-
-def train_forward(model: Reference, batch: Batch, plan: PromptPlan):
-    """The reference's training forward on our batch, with our plan.
-
-    Returns its outputs of every frame (a dict), the losses and the prompts it drew: points
-    [t, passes, objects, 2], labels [t, passes, objects] and boxes [t, objects, 2, 2]. The
-    reference has one flat axis of objects: those of all videos that are `valid`.
-    """
-    b, t = batch.images.shape[:2]
-    video, slot = np.nonzero(batch.valid)
-    flat = torch.tensor(batch.images).permute(0, 1, 4, 2, 3).flatten(0, 1).float() / 255
-    clips: Any = SimpleNamespace(
-        flat_img_batch=(flat - MEAN) / STD,
-        num_frames=t,
-        masks=torch.tensor(batch.masks[video, :, slot]).transpose(0, 1),
-        flat_obj_to_img_idx=[torch.tensor(video * t + i) for i in range(t)],
-    )
-    script: Any = Script(plan)
-    model.rng = script
-    drawn: list[tuple[str, Any, Any]] = []
-
-    def recording(name):
-        original = getattr(training.model.sam2, name)
-
-        def record(*args, **kwargs):
-            points, labels = original(*args, **kwargs)
-            drawn.append((name, points.numpy(), labels.numpy()))
-            return points, labels
-
-        return mock.patch.object(training.model.sam2, name, record)
-
-    with recording("get_next_point"), recording("sample_box_points"):
-        backbone = model.prepare_prompt_inputs(model.forward_image(clips.flat_img_batch), clips)
-        outputs: Any = model.forward_tracking(backbone, clips, return_dict=True)
-    order = backbone["init_cond_frames"] + backbone["frames_not_in_init_cond"]
-    frames = outputs["cond_frame_outputs"] | outputs["non_cond_frame_outputs"]
-    frames = [frames[i] for i in range(t)]
-    n = len(video)
-    points = np.zeros((t, 1 + CORRECTIONS, n, 2), np.float32)
-    labels = np.zeros((t, 1 + CORRECTIONS, n), np.int32)
-    boxes = np.zeros((t, n, 2, 2), np.float32)
-    if plan.use_points:
-        for i in backbone["init_cond_frames"]:
-            name, where, what = drawn.pop(0)
-            if name == "sample_box_points":
-                boxes[i] = where
-            else:
-                points[i, 0], labels[i, 0] = where[:, 0], what[:, 0]
-        for i in order:
-            if plan.is_corrected[i]:
-                for k in range(CORRECTIONS):
-                    _, where, what = drawn.pop(0)
-                    points[i, 1 + k], labels[i, 1 + k] = where[:, 0], what[:, 0]
-    assert not drawn and not script.answers
-    criterion = MultiStepMultiMasksAndIous(
-        weight_dict={"loss_mask": 20, "loss_dice": 1, "loss_iou": 1, "loss_class": 1},
-        supervise_all_iou=True,
-        iou_use_l1_loss=True,
-        pred_obj_scores=True,
-        focal_gamma_obj_score=0,
-        focal_alpha_obj_score=-1,
-    )
-    losses = criterion(frames, clips.masks)
-    return frames, losses, (points, labels, boxes)

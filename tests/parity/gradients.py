@@ -1,0 +1,224 @@
+"""Gradients against the reference's in float64, whichever way gates open that float32 cannot tell.
+
+The derivative of a ReLU jumps where its input is 0, that of a maximum where the two largest are
+equal. Of a million such gates in a clip some have an input that is smaller than float32's
+rounding, so that two faithful programs may open them differently, with gradients that differ by
+far more than rounding. Both are right. So where a gradient is not that of the reference, it must
+be that of the reference with some of those very gates (and no others) turned.
+"""
+# pyright: reportMissingImports=false
+
+import contextlib
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from tests.parity import tolerances
+from tests.parity.cases import Chosen
+from tests.parity.compare import judge, record
+from tests.parity.rollout import float64, train_forward
+
+MOST_GATES = 40  # in doubt; each costs a backward pass
+WORTHWHILE = 0.99  # a gate is turned if that leaves less than this of the difference
+Gradient = dict[str, np.ndarray]
+
+
+class Relu(torch.autograd.Function):
+    """A ReLU whose gates can be turned after the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x, gate):
+        ctx.gate = gate
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        return grads[0] * ctx.gate, None
+
+
+class Largest(torch.autograd.Function):
+    """The largest of the last axis; which one gets the gradient can be changed afterwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x, index):
+        ctx.index, ctx.size = index, x.shape[-1]
+        return x.gather(-1, index)[..., 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        return functional.one_hot(ctx.index[..., 0], ctx.size) * grads[0][..., None], None
+
+
+class Gates:
+    """The ReLUs and 2 x 2 maxima of one forward pass, in the order of calls."""
+
+    def __init__(self):
+        self.distances: list[torch.Tensor] = []  # of each gate's input from where it turns
+        self.states: list[tuple[torch.Tensor, torch.Tensor]] = []  # as it is, and turned
+
+    def relu(self, x, inplace=False):
+        gate = (x.detach() > 0).to(x.dtype).contiguous()
+        self.distances.append(x.detach().abs().clone())
+        self.states.append((gate, 1 - gate))
+        return Relu.apply(x, gate)
+
+    def max_pool2d(self, x, *args, **kwargs):
+        n, c, h, w = x.shape
+        cut = x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(n, c, h // 2, 2, w // 2, 2)
+        windows = cut.transpose(3, 4).flatten(-2)
+        order = windows.detach().argsort(dim=-1, descending=True, stable=True)
+        two = windows.detach().gather(-1, order[..., :2])
+        gap = two[..., 0] - two[..., 1]
+        # Equal numbers come of equal inputs (padding), and whichever it is makes no difference
+        self.distances.append(torch.where(gap > 0, gap, torch.inf)[..., None])
+        first, second = order[..., :1].contiguous(), order[..., 1:2].contiguous()
+        self.states.append((first, second))
+        return Largest.apply(windows, first)
+
+    @contextlib.contextmanager
+    def watch(self, model: torch.nn.Module):
+        """Within it the model's ReLUs and maxima are these."""
+        relu = functional.relu
+        holders: list[Any] = [m for m in model.modules() if getattr(m, "activation", 0) is relu]
+        for module in holders:
+            module.activation = self.relu
+        with (
+            mock.patch.object(functional, "relu", self.relu),
+            mock.patch.object(functional, "max_pool2d", self.max_pool2d),
+        ):
+            yield
+        for module in holders:
+            module.activation = relu
+
+    def turn(self, call: int, index: int) -> None:
+        """Exchange one gate's state for the other."""
+        now, other = (x.view(-1) for x in self.states[call])
+        now[index], other[index] = other[index].clone(), now[index].clone()
+
+
+def gradient(model: torch.nn.Module, loss: torch.Tensor) -> Gradient:
+    """Of every parameter that has one; the graph is kept."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return {n: g.double().numpy() for n, g in zip(names, grads, strict=True) if g is not None}
+
+
+class Truth:
+    """The reference's gradient in float64, and its own error in float32."""
+
+    def __init__(self, chosen: Chosen):
+        self.chosen = chosen
+        with float64():
+            self.exact = gradient(chosen.exact_model, chosen.exact.losses["core_loss"])
+        self.rounded = gradient(chosen.model, chosen.run.losses["core_loss"])
+        assert self.exact.keys() == self.rounded.keys()
+        self.total = norm(self.exact.values())
+        self.turned: list[Gradient] | None = None  # what turning each gate in doubt adds
+
+    def errors(self, ours: Gradient, truth: Gradient) -> dict[str, float]:
+        """Relative error of every parameter that has a gradient."""
+        return {
+            name: float(np.linalg.norm(ours[name] - x) / np.linalg.norm(x))
+            for name, x in truth.items()
+            if np.linalg.norm(self.exact[name]) > tolerances.NO_GRADIENT * self.total
+        }
+
+    def nearest(self, ours: Gradient) -> tuple[Gradient, int]:
+        """The exact gradient, with those gates in doubt turned that bring it nearest to ours.
+
+        Returns also how many were turned: none where rounding alone explains the difference.
+        """
+        if max(self.errors(ours, self.exact).values()) <= tolerances.GRADIENT_MEDIAN:
+            return self.exact, 0
+        if self.turned is None:
+            self.turned = self.turn_each()
+        scales = {name: 1 / max(np.linalg.norm(x), 1e-30) for name, x in self.exact.items()}
+        scales = {
+            name: scale
+            for name, scale in scales.items()
+            if 1 / scale > tolerances.NO_GRADIENT * self.total
+        }
+
+        def flat(g: Gradient) -> np.ndarray:
+            return np.concatenate([(g[name] * scale).ravel() for name, scale in scales.items()])
+
+        residual = flat({name: ours[name] - x for name, x in self.exact.items()})
+        columns = [flat(change) for change in self.turned]
+        left, turned = set(range(len(columns))), []
+        while left:
+            nearest = min(left, key=lambda i: np.linalg.norm(residual - columns[i]))
+            if np.linalg.norm(residual - columns[nearest]) > WORTHWHILE * np.linalg.norm(residual):
+                break
+            residual = residual - columns[nearest]
+            left.remove(nearest)
+            turned.append(self.turned[nearest])
+        exact = {name: sum((c[name] for c in turned), x) for name, x in self.exact.items()}
+        return exact, len(turned)
+
+    def turn_each(self) -> list[Gradient]:
+        """What turning each gate that float32 cannot tell adds to the exact gradient."""
+        c = self.chosen
+        rounded, exact = Gates(), Gates()
+        with rounded.watch(c.model), torch.no_grad():
+            train_forward(c.model, c.batch, c.plan, c.run.drawn)
+        doubtful = []
+        with float64(), exact.watch(c.exact_model):
+            loss = train_forward(c.exact_model, c.batch, c.plan, c.run.drawn).losses["core_loss"]
+            for call, (mine, true) in enumerate(
+                zip(rounded.distances, exact.distances, strict=True)
+            ):
+                difference = (mine.double() - true).abs().nan_to_num(0.0, posinf=0.0)
+                close_by = true.flatten() <= tolerances.OWN * difference.max()
+                doubtful += [(call, int(i)) for i in close_by.nonzero()]
+            if len(doubtful) > MOST_GATES:
+                return []
+            found = []
+            for at in doubtful:
+                exact.turn(*at)
+                changed = gradient(c.exact_model, loss)
+                exact.turn(*at)
+                found.append({name: changed[name] - x for name, x in self.exact.items()})
+        return found
+
+
+def norm(arrays) -> float:
+    """Euclidean, of all together."""
+    return float(np.sqrt(sum(np.sum(np.square(x)) for x in arrays)))
+
+
+class Compared(NamedTuple):
+    """The gradient that ours was compared with, and how well float32 knows it."""
+
+    exact: Gradient  # float64, with gates as ours
+    noise: dict[str, float]  # largest error of an element, ours or the reference's in float32
+
+
+def compare_gradients(truth: Truth, ours: Gradient, part: str = "gradient") -> Compared:
+    """Assert that ours is the reference's gradient, by the rules of `tolerances`."""
+    for name, value in ours.items():
+        assert np.isfinite(value).all(), name
+        if name not in truth.exact:  # never reached: the reference has None, or it is a buffer
+            assert not value.any(), name
+    for name, value in truth.exact.items():
+        if np.linalg.norm(value) <= tolerances.NO_GRADIENT * truth.total:
+            left, noise = (float(np.linalg.norm(x[name])) for x in (ours, truth.rounded))
+            none = f"{part} where there is none"
+            judge(none, left / truth.total, tolerances.NO_GRADIENT_LEFT, noise / truth.total, name)
+    exact, turned = truth.nearest(ours)
+    own, _ = truth.nearest(truth.rounded)
+    found, noise = truth.errors(ours, exact), truth.errors(truth.rounded, own)
+    for name, error in found.items():
+        judge(part, error, tolerances.GRADIENT, noise[name], name)
+    middle, usual = (float(np.median(list(x.values()))) for x in (found, noise))
+    judge(f"{part}, median", middle, tolerances.GRADIENT_MEDIAN, usual)
+    record(f"{part}: gates turned", float(turned), float(MOST_GATES))
+    largest = {
+        name: float(
+            max(np.abs(ours[name] - x).max(), np.abs(truth.rounded[name] - own[name]).max())
+        )
+        for name, x in exact.items()
+    }
+    return Compared(exact, largest)

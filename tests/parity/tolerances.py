@@ -1,0 +1,40 @@
+"""How close is close enough, in one place, and why.
+
+All comparisons are in float32 on a CPU. What is compared is relative to the largest magnitude of
+the reference's array ("its scale") unless stated. Where a comparison has the reference in float64
+beside it, errors are measured from that, and the bound is the number below or, where float32
+itself is worse, `OWN` times the error of the reference's own float32 against its float64.
+"""
+
+# One module: some hundred roundings of 6e-8, summed in another order than torch sums them.
+MODULE = 1e-5
+# Outputs of a whole clip: every frame reads memories that were computed from earlier errors.
+ROLLOUT = 1e-4
+# Each loss term and the total: sums over the outputs of a clip.
+LOSS = 1e-4
+# Gradient of one parameter, error and scale as Euclidean norms; and the median over parameters.
+GRADIENT = 1e-3
+GRADIENT_MEDIAN = 1e-4
+# In place of all of the above where float32 is worse: two programs that round independently are
+# off by as much as each other, and their largest of many errors differ by less than this factor.
+OWN = 2.0
+# A parameter whose float64 gradient is below this share of the gradient of all has none (a bias
+# of keys moves all logits of a softmax alike): there float32 may leave no more than rounding,
+# a share of the gradient of all that is absolute.
+NO_GRADIENT = 1e-12
+NO_GRADIENT_LEFT = 1e-7
+# Change of a parameter by an optimizer step, in units of its learning rate. Adam divides by the
+# root mean square s of a weight's gradients: if those are known but for e (the largest error of
+# that parameter's gradient so far, which is held to the bounds above), the change is known but
+# for 2 e / s. That, where it is more, is the bound: for weights whose gradient is above its
+# noise it is not.
+STEP = 0.01
+ABOVE_NOISE = 0.5  # at least this share of all weights
+# The weight after the step is a float32 number near the weight: one unit in its last place.
+LAST_PLACE = 2.0**-23
+
+# Decisions are not compared where they are a coin's: a clip is taken for a test only if in
+# float64 everything that is compared with a threshold (object scores, predicted IoUs with each
+# other, losses of masks, IoU errors with zero) is at least this many times as far from it as
+# float32 and float64 differ.
+DECIDED = 4.0
