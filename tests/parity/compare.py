@@ -1,4 +1,5 @@
 """Comparing arrays, and keeping the largest error of every part for the report."""
+# pyright: reportMissingImports=false
 
 from typing import Any, NamedTuple
 
