@@ -5,7 +5,7 @@ Other configs are this one and named changes. A key that is not here is an error
 
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config(variant: str = "tiny") -> Any:
@@ -25,22 +25,14 @@ def get_config(variant: str = "tiny") -> Any:
     c.model.dropout = 0.1  # elsewhere in memory attention
     c.model.drop_path = 0.1  # of the trunk's blocks, growing with depth
 
-    c.data = ConfigDict()
-    c.data.source = "folder"  # folder, synthetic or tfds
-    c.data.root = ""  # DAVIS layout, or a folder with JPEGImages/ and Annotations/
-    c.data.eval_root = ""  # clips to evaluate on; empty: DAVIS's own val list
-    c.data.num_frames = 8  # consecutive frames of a training clip
-    c.data.max_objects = 3  # per clip; fewer are padded
-    c.data.batch_size = 1  # videos over all devices
-    c.data.hflip = 0.5  # probability of mirroring a clip
-    c.data.reverse = 0.0  # probability of playing it backwards
+    c.data = source()
+    c.data.eval_root = ""  # folder of clips to evaluate on; empty: DAVIS's val list, or held out
     c.data.workers = 0  # worker processes; 0: threads of this one
-    c.data.synthetic = ConfigDict()
-    c.data.synthetic.num_clips = 20_000  # different clips before the first comes again
-    c.data.synthetic.max_objects = 3  # rendered; data.max_objects of them are trained on
-    c.data.synthetic.speed = 1.0  # of all motion
-    c.data.synthetic.eval_clips = 16
-    c.data.synthetic.eval_frames = 16
+    c.data.on_error = "stop"  # at what cannot be read, or skip: leave it out and count it
+    c.data.max_bad = 0.01  # share of the clips that skip may leave out
+    c.data.mixture = ConfigDict()  # sources to train on, each `source()`; empty: the one above
+    c.data.draw = "interleave"  # which source a step takes: exact proportions, or random
+    c.data.phases_per_epoch = 1  # random draws end and begin anew so often in an epoch
 
     c.prompts = ConfigDict()
     c.prompts.prob_points = 0.5  # clicks or boxes instead of a mask
@@ -57,23 +49,28 @@ def get_config(variant: str = "tiny") -> Any:
     c.loss.object_class = 1.0
 
     c.optim = ConfigDict()
-    # Rules are ordered globs over slash paths of parameters; the first that matches counts.
-    c.optim.learning_rate = (  # globs, first value, last value of the cosine
-        (("image_encoder/*",), 3e-6, 3e-7),
-        (("*",), 5e-6, 5e-7),
+    c.optim.name = "adamw"  # or adafactor, lion, sgd
+    # An option is a schedule (sam2_jax/schedules.py) for all parameters, or rules of its own: the
+    # first of which a glob over slash paths, or class:NAME of a module, matches a parameter.
+    c.optim.learning_rate = option(
+        (
+            (("image_encoder/*",), ("cosine", 3e-6, 3e-7)),
+            (("*",), ("cosine", 5e-6, 5e-7)),
+        )
     )
-    c.optim.weight_decay = (  # LayerNorm's leaves are scale and bias, LayerNorm2d's weight decays
-        (("*bias*", "*/scale"), 0.0),
-        (("*",), 0.1),
-    )
+    c.optim.weight_decay = option(((("*bias*", "class:LayerNorm"), 0.0), (("*",), 0.1)))
+    c.optim.b1 = option(None)  # None: as usual for the optimizer; so for all that follow
+    c.optim.b2 = option(None)
+    c.optim.eps = option(None)
+    c.optim.momentum = option(None)  # of sgd and adafactor; None: none
+    c.optim.decay_rate = option(None)  # of adafactor's second moments
+    c.optim.nesterov = False  # momentum of sgd that looks ahead
+    c.optim.multiplier = ()  # globs, factor of the learning rate; 1 where none matches
     c.optim.frozen = ()  # globs; the prompt encoder's random frequencies, a buffer, always are
     c.optim.layer_decay = 0.9  # share of the rate from one block of the trunk to the one before
     c.optim.layer_decay_min = 0.0
     c.optim.layer_decay_overrides = ((("*pos_embed*",), 1.0),)  # globs of the trunk, share
-    c.optim.warmup_steps = 0
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.999
-    c.optim.eps = 1e-8
+    c.optim.warmup_steps = 0  # over which learning rates rise, on top of their schedules
     c.optim.clip_norm = 0.1
 
     c.train = ConfigDict()
@@ -82,6 +79,12 @@ def get_config(variant: str = "tiny") -> Any:
     c.train.eval_every = 1_000  # 0: only at the end
     c.train.precision = "bfloat16"  # of the computation; state and losses are float32
     c.train.remat = "frame"  # what to recompute in the backward pass: none, frame or full
+    c.train.accumulate = 1  # parts that a batch is worked off in, one after the other, for memory
+    c.train.ema_decay = 0.0  # of a moving average of the parameters, which is evaluated; 0: none
+
+    c.lora = ConfigDict()  # thin products beside frozen kernels; see sam2_jax/lora.py
+    c.lora.rules = ()  # (globs over paths of kernels, rank, alpha), ...; empty: none
+    c.lora.also_train = ()  # globs of the model's own parameters that are trained beside them
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: whatever is left
@@ -96,7 +99,81 @@ def get_config(variant: str = "tiny") -> Any:
     c.eval = ConfigDict()
     c.eval.max_clips = 0  # 0: all
     c.eval.max_frames = 0  # of each clip; 0: all
+    c.eval.prompts = ("mask",)  # of the first frame: mask, box, click1, click3 ...
+    c.eval.sets = ConfigDict()  # further folders of clips to evaluate on, by name
     return c
+
+
+def option(value: Any) -> Any:
+    """A setting of no fixed type: a number, a tuple and None may take each other's place."""
+    return FieldReference(value, field_type=object)
+
+
+def source() -> Any:
+    """Settings of one source of training data, those of config.data and of every mixture entry."""
+    s: Any = ConfigDict()
+    s.source = "folder"  # see sam2_jax/data/catalogue.py: KINDS
+    s.root = ""  # folder of the data
+    s.include = ""  # text file with the names of the clips to take, one a line; empty: all
+    s.exclude = ""  # text file with the names of the clips to leave out
+
+    s.num_frames = 8  # of a training clip; 1: images
+    s.max_objects = 3  # per clip; fewer are padded
+    s.batch_size = 1  # videos over all devices
+    s.reverse = 0.0  # probability of playing a clip backwards
+    s.min_stride = 1  # frames of the video from one frame shown to the next, drawn between these
+    s.max_stride = 1
+    s.later_objects = 0.0  # probability of following objects that the first frame does not show
+    s.weight = 0.0  # share of the steps in a mixture; 0 for all sources: as long as they are
+    s.multiplier = 1.0  # how often an epoch shows a clip
+
+    s.augment = ConfigDict()  # in this order; frames and masks of a clip move together
+    s.augment.hflip = 0.5  # probability
+    s.augment.vflip = 0.0
+    s.augment.degrees = 25.0  # largest rotation
+    s.augment.shear = 20.0  # largest shear along x, degrees
+    s.augment.scale = (1.0, 1.0)  # zoom is drawn between these
+    s.augment.mosaic = 0.0  # probability of a 2 x 2 mosaic of which one cell is followed
+    s.augment.mosaic_hflip = False  # cells mirrored at random
+    s.augment.keep_aspect = False  # pad at right and bottom instead of stretching to a square
+    s.augment.jitter = (0.1, 0.03, 0.03)  # brightness, contrast, saturation; one draw a clip
+    s.augment.grayscale = 0.05  # probability
+    s.augment.frame_jitter = (0.1, 0.05, 0.05)  # as jitter, a draw for every frame
+    s.augment.noise = 0.0  # standard deviation, of 255
+    s.augment.blur = 0.0  # largest standard deviation, pixels
+    s.augment.fill = (123, 116, 103)  # colour of what a rotation brings in
+
+    s.folder = ConfigDict()
+    s.folder.resolution = ""  # 480p or Full-Resolution, of DAVIS; empty: the one that is there
+    s.folder.sample_rate = 1  # take every so manieth frame
+    s.folder.annotated_every = 1  # masks exist for every so manieth frame only; the others go
+    s.folder.single_object = False  # every object of a clip is a clip of its own
+
+    s.sav = ConfigDict()
+    s.sav.annotations = "manual"  # or auto
+    s.sav.ann_every = 4  # annotated frames of the video, of 24 a second
+
+    s.instances = ConfigDict()  # of SA-1B and COCO
+    s.instances.annotations = ""  # COCO: the JSON file; root is the folder of images
+    s.instances.max_area = 1.1  # objects that cover this share of the image or more are left out
+    s.instances.min_stability = -1.0  # SA-1B: less stable masks are left out
+
+    s.tfds = ConfigDict()
+    s.tfds.dataset = "davis/480p"  # or davis/full_resolution, youtube_vis/...
+
+    s.synthetic = ConfigDict()
+    s.synthetic.num_clips = 20_000  # different clips before the first comes again
+    s.synthetic.max_objects = 3  # rendered; max_objects of them are trained on
+    s.synthetic.speed = 1.0  # of all motion
+    s.synthetic.eval_clips = 16
+    s.synthetic.eval_frames = 16
+    return s
+
+
+def plain(s: Any) -> None:
+    """No augmentation but mirroring."""
+    s.augment.degrees = s.augment.shear = s.augment.grayscale = 0.0
+    s.augment.jitter = s.augment.frame_jitter = (0.0, 0.0, 0.0)
 
 
 def from_nothing_on_cpu(c: Any) -> None:
@@ -105,6 +182,7 @@ def from_nothing_on_cpu(c: Any) -> None:
     c.model.attention_dropout = 0.0
     c.model.dropout = 0.0
     c.model.drop_path = 0.0
+    plain(c.data)
     c.data.num_frames = 4
     c.data.max_objects = 2
     c.data.batch_size = 2
@@ -112,7 +190,7 @@ def from_nothing_on_cpu(c: Any) -> None:
     c.prompts.prob_points = 0.3
     c.prompts.max_cond_frames = 1
     c.prompts.max_corrected_frames = 1
-    c.optim.learning_rate = ((("*",), 3e-4, 3e-6),)
+    c.optim.learning_rate = ("cosine", 3e-4, 3e-6)
     c.optim.layer_decay = 1.0
     c.optim.warmup_steps = 200
     c.optim.clip_norm = 1.0

@@ -1,29 +1,31 @@
 """Checkpoints of a run (Orbax) and what else makes a workdir resumable.
 
 The checkpoint of step N, that is after N updates, is `checkpoints/N/` with the items `params`,
-`optimizer` (step count and moments) and `data` (the loader's position, one file per process).
+`optimizer` (step count and moments), `data` (the loader's position, JSON) and, of runs that have
+one, `ema` (the moving average of the trained parameters). A LoRA run's `params` are the trained
+ones alone; its item `lora` says where the others are (see base.py).
 """
 
+import functools
 import json
 import os
 import pathlib
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
-from sam2_jax import convert, weights
-from sam2_jax.rules import paths_of
+from sam2_jax import arrays, convert, lora, partition, sharding, weights
+from sam2_jax import base as bases
 from sam2_jax.types import UserError, listed
 
 Tree = Any
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+EMA = "ema"  # item of a checkpoint
 MEND = "put back what scripts/train.py wrote, or delete it to go on with the settings given now"
-ARRAYS = "_METADATA"  # marks a folder in which Orbax keeps one tree of arrays
+BASE = "--base"  # flag of scripts, for where the weights under a LoRA run are now
 
 
 def make_manager(workdir: pathlib.Path, keep: int) -> ocp.CheckpointManager:
@@ -43,85 +45,62 @@ def latest_step(workdir: pathlib.Path) -> int | None:
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, params: Tree, optimizer: Tree, data: Any
+    manager: ocp.CheckpointManager,
+    step: int,
+    params: Tree,
+    optimizer: Tree,
+    data: dict[str, Any],
+    ema: Tree | None = None,
+    base: bases.Base | None = None,
 ) -> None:
-    """Starts to write checkpoint `step`; arrays may be donated as soon as this returns."""
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            optimizer=ocp.args.StandardSave(optimizer),
-            data=grain.checkpoint.CheckpointSave(data),  # pyright: ignore[reportCallIssue]
-        ),
-    )
+    """Starts to write checkpoint `step`; arrays may be donated as soon as this returns.
+
+    `data` is what is to be known of the data, of JSON's types, equal on all processes. With a
+    `base`, `params` are the parameters that are not in it.
+    """
+    items: dict[str, Any] = {
+        "params": ocp.args.StandardSave(params),
+        "optimizer": ocp.args.StandardSave(optimizer),
+        "data": ocp.args.JsonSave(data),
+    }
+    if ema is not None:
+        items[EMA] = ocp.args.StandardSave(ema)
+    if base is not None:
+        items[bases.ITEM] = ocp.args.JsonSave(base._asdict())
+    manager.save(step, args=ocp.args.Composite(**items))
 
 
 def restore(
-    workdir: pathlib.Path, step: int, params: Tree, optimizer: Tree, data: Any
-) -> tuple[Tree, Tree]:
-    """(params, optimizer) of checkpoint `step`; sets the iterator `data` to its position.
+    workdir: pathlib.Path, step: int, params: Tree, optimizer: Tree
+) -> tuple[Tree, Tree, dict[str, Any]]:
+    """(params, optimizer, data) of checkpoint `step`.
 
     `params` and `optimizer` are shapes with shardings, on which arrays are restored. Raises
     `UserError` if the checkpoint has other arrays.
     """
     folder = workdir / CHECKPOINTS / str(step)
-    check_arrays(folder / "params", params, "this config's model")
-    check_arrays(folder / "optimizer", optimizer, "this config's optimizer (optim.*)")
+    arrays.check(folder / "params", params, "this config's model")
+    arrays.check(folder / "optimizer", optimizer, "this config's optimizer (optim.*)")
     options = ocp.CheckpointManagerOptions(create=False)
-    try:
-        with ocp.CheckpointManager(folder.parent.resolve(), options=options) as manager:
-            restored = manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(params),
-                    optimizer=ocp.args.StandardRestore(optimizer),
-                    data=grain.checkpoint.CheckpointRestore(data),  # pyright: ignore
-                ),
-            )
-    except (IndexError, KeyError, ValueError) as e:
-        raise UserError(
-            f"{folder}: the position in the data cannot be restored ({e}); go on with the same "
-            "data.workers, data.source and number of processes, or take a new --workdir"
-        ) from e
-    return restored["params"], restored["optimizer"]
-
-
-def array_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Slash path -> shape of every array that Orbax keeps in `folder`. Reads no array."""
-    # The handler itself: a Checkpointer would look for, and miss, a step's metadata here.
-    tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.resolve())).tree
-    leaves = jax.tree.leaves(tree)
-    return {path: tuple(leaf.shape) for path, leaf in zip(paths_of(tree), leaves, strict=True)}
-
-
-def differences(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> list[str]:
-    """In words: arrays that are missing, unexpected or of another shape."""
-    missing = [f"'{path}' is missing" for path in wanted if path not in found]
-    extra = [f"'{path}' is not expected" for path in found if path not in wanted]
-    shapes = [
-        f"'{path}' is {list(found[path])}, expected {list(wanted[path])}"
-        for path in wanted
-        if path in found and found[path] != wanted[path]
-    ]
-    return shapes + missing + extra
-
-
-def check_arrays(folder: pathlib.Path, like: Tree, of: str) -> None:
-    """Raises `UserError` unless the arrays in `folder` have the paths and shapes of `like`."""
-    if not (folder / ARRAYS).exists():
-        raise UserError(
-            f"{folder} is missing or holds no arrays: this checkpoint is not whole; delete "
-            f"{folder.parent} to take an earlier one, or take another folder"
+    with ocp.CheckpointManager(folder.parent.resolve(), options=options) as manager:
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                optimizer=ocp.args.StandardRestore(optimizer),
+                data=ocp.args.JsonRestore(),
+            ),
         )
-    wanted = {
-        path: tuple(leaf.shape)
-        for path, leaf in zip(paths_of(like), jax.tree.leaves(like), strict=True)
-    }
-    if differing := differences(array_shapes(folder), wanted):
-        raise UserError(
-            f"{folder} does not fit {of}: {listed(differing)}; take the settings it was saved "
-            "with, or another folder"
-        )
+    return restored["params"], restored["optimizer"], restored["data"]
+
+
+def restore_ema(workdir: pathlib.Path, step: int, like: Tree) -> Tree | None:
+    """The moving average in checkpoint `step`, laid out as `like` says; None if it has none."""
+    folder = workdir.resolve() / CHECKPOINTS / str(step) / EMA
+    if not folder.is_dir():
+        return None
+    arrays.check(folder, like, "what this config trains (optim.frozen, lora)")
+    return arrays.read(folder, like)
 
 
 def write_config(workdir: pathlib.Path, text: str) -> None:
@@ -210,7 +189,7 @@ def find_params(path: pathlib.Path, key: str = "checkpoint.init_from") -> pathli
         path = path / str(max(steps))
     if (path / "params").is_dir():
         path = path / "params"
-    if not (path / ARRAYS).exists():
+    if not (path / arrays.MARK).exists():
         names = sorted(p.name for p in path.iterdir())
         raise UserError(f"{key}={path} holds {listed(names) or 'nothing'}: {hint}")
     return path
@@ -221,12 +200,17 @@ def config_beside(found: pathlib.Path) -> pathlib.Path | None:
     return next((p for p in found.resolve().parents if (p / CONFIG).is_file()), None)
 
 
-def identify(found: pathlib.Path) -> tuple[str, str]:
-    """(variant, version) of what `find_params` found, by its tensors; `UserError` if of none."""
+def identify(found: pathlib.Path, base: str = "") -> tuple[str, str]:
+    """(variant, version) of what `find_params` found, by its tensors; `UserError` if of none.
+
+    Of a LoRA run, those of what it stands on, which is looked for in `base` if that is given.
+    """
+    if not found.is_file() and (reference := bases.read(found.parent)):
+        return identify(find_params(pathlib.Path(base or reference.path), key=BASE))
     state = weights.read(found, values=False) if found.is_file() else None
     try:
         if state is None:
-            shapes = {path: weights.hollow(shape) for path, shape in array_shapes(found).items()}
+            shapes = {path: weights.hollow(shape) for path, shape in arrays.shapes(found).items()}
             state = convert.to_reference(shapes)
         return weights.recognise(state)
     except UserError as e:
@@ -241,22 +225,33 @@ def check_init(path: pathlib.Path | str, like: Tree) -> pathlib.Path:
     found = find_params(pathlib.Path(path))
     if found.is_file():
         weights.load(found, like, values=False)
+    elif reference := bases.read(found.parent):
+        check_init(find_params(pathlib.Path(reference.path), key=BASE), like)
     else:
-        check_arrays(found, like, "this config's model (checkpoint.init_from)")
+        arrays.check(found, like, "this config's model (checkpoint.init_from)")
     return found
 
 
-def load_init(path: pathlib.Path | str, like: Tree) -> Tree:
+def load_init(path: pathlib.Path | str, like: Tree, ema: bool = False, base: str = "") -> Tree:
     """Parameters from what `find_params` takes, laid out as `like` says.
 
-    `like` is a tree of shapes; those without a sharding go to the first device. Raises
-    `UserError` naming parameters that differ.
+    `like` is a tree of shapes; those without a sharding go to the first device. `ema` takes the
+    moving average of what was trained. Of a LoRA run the adapters are merged into the weights that
+    it stands on, `base` if these are elsewhere now. Raises `UserError` naming what differs.
     """
+    found = find_params(pathlib.Path(path))
+    reference = None if found.is_file() else bases.read(found.parent)
+    if base and not reference:
+        raise UserError(f"{BASE}={base} is for runs with lora.rules: {path} is whole; leave it out")
+    if ema and not (found.parent / EMA / arrays.MARK).exists():
+        raise UserError(
+            f"{found} has no moving average beside it: it was trained with train.ema_decay=0, or "
+            "is no checkpoint of scripts/train.py; leave --ema out"
+        )
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), like
     )
-    found = find_params(pathlib.Path(path))
     if found.is_file():
         # One parameter at a time: they are strided views, of a file or of what was read of it
         return jax.tree.map(
@@ -264,6 +259,19 @@ def load_init(path: pathlib.Path | str, like: Tree) -> Tree:
             like,
             weights.load(found, like),
         )
-    check_init(found, like)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(found.resolve(), like)
+    if reference is None:
+        check_init(found, like)
+        params = arrays.read(found, like)
+        return partition.join(params, arrays.read_part(found.parent / EMA, like)) if ema else params
+    whole = base or reference.path
+    params = load_init(find_params(pathlib.Path(whole), key=BASE), like)
+    bases.check(reference, params, whole, BASE)
+    own = jax.eval_shape(lambda: lora.init(jax.random.key(0), like, reference.rules))
+    where = jax.tree.leaves(like)[0].sharding
+    if isinstance(where, jax.sharding.NamedSharding) and isinstance(where.mesh, jax.sharding.Mesh):
+        where = sharding.replicated(where.mesh)
+    own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), own)
+    trained = arrays.read_part(found.parent / EMA if ema else found, partition.join(like, own))
+    merge = functools.partial(lora.merge, rules=reference.rules)
+    layout = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(merge, out_shardings=layout)(partition.join(params, trained))

@@ -5,7 +5,6 @@ Whatever the user can mend ends as one line `error: ...` with exit status 2, fla
 """
 
 import argparse
-import difflib
 import json
 import pathlib
 import re
@@ -17,23 +16,26 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from sam2_jax import lora, methods
+from sam2_jax.data.catalogue import KINDS
+from sam2_jax.data.mixture import INTERLEAVE, RANDOM
+from sam2_jax.data.sources import SKIP, STOP
 from sam2_jax.metrics import SCORED
 from sam2_jax.model.variants import VARIANTS
+from sam2_jax.rules import nearest
 from sam2_jax.types import UserError
 
 Config = Any  # a ConfigDict, of whose attributes a type checker knows nothing
 PRECISIONS = ("float32", "bfloat16")
 REMATS = ("none", "frame", "full")
-SOURCES = ("folder", "synthetic", "tfds")
 VERSIONS = ("2.0", "2.1")
 STRIDE = 32  # of the trunk's coarsest level
 
 _PROBABILITIES = (
-    "data.hflip",
-    "data.reverse",
     "prompts.prob_points",
     "prompts.prob_box",
     "prompts.prob_from_truth",
+    "data.max_bad",
     "optim.layer_decay",
     "optim.layer_decay_min",
     "model.attention_dropout",
@@ -41,14 +43,8 @@ _PROBABILITIES = (
     "model.drop_path",
 )
 _AT_LEAST = {
-    "data.num_frames": 1,
-    "data.max_objects": 1,
-    "data.batch_size": 1,
     "data.workers": 0,
-    "data.synthetic.num_clips": 1,
-    "data.synthetic.max_objects": 1,
-    "data.synthetic.eval_clips": 1,
-    "data.synthetic.eval_frames": SCORED,
+    "data.phases_per_epoch": 1,
     "prompts.max_cond_frames": 1,
     "prompts.max_corrected_frames": 1,
     "prompts.corrections": 0,
@@ -56,17 +52,38 @@ _AT_LEAST = {
     "train.steps": 1,
     "train.log_every": 1,
     "train.eval_every": 0,
+    "train.accumulate": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
     "eval.max_clips": 0,
     "eval.max_frames": 0,
 }
-_POSITIVE = ("optim.clip_norm", "data.synthetic.speed")
-
-
-def nearest(word: str, words: Sequence[str]) -> str:
-    """The most similar of `words`."""
-    return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
+_SOURCE_AT_LEAST = {
+    "num_frames": 1,
+    "max_objects": 1,
+    "batch_size": 1,
+    "min_stride": 1,
+    "augment.degrees": 0,
+    "augment.shear": 0,
+    "augment.noise": 0,
+    "augment.blur": 0,
+    "folder.sample_rate": 1,
+    "folder.annotated_every": 1,
+    "sav.ann_every": 1,
+    "synthetic.num_clips": 1,
+    "synthetic.max_objects": 1,
+    "synthetic.eval_clips": 1,
+    "synthetic.eval_frames": SCORED,
+}
+_SOURCE_PROBABILITIES = (
+    "reverse",
+    "later_objects",
+    "augment.hflip",
+    "augment.vflip",
+    "augment.mosaic",
+    "augment.grayscale",
+)
+_POSITIVE = ("optim.clip_norm",)
 
 
 def flat_keys(config: Config, prefix: str = "") -> dict[str, Any]:
@@ -89,12 +106,49 @@ def one_of(key: str, value: Any, choices: Sequence[str]) -> None:
         )
 
 
+def check_source(prefix: str, source: Config) -> None:
+    """Raises `UserError` for the first setting of a source of data that cannot work."""
+    flat = flat_keys(source)
+    one_of(f"{prefix}.source", source.source, KINDS)
+    for key, least in _SOURCE_AT_LEAST.items():
+        if flat[key] < least:
+            raise UserError(f"{prefix}.{key}={flat[key]} must be at least {least}")
+    for key in _SOURCE_PROBABILITIES:
+        if not 0 <= flat[key] <= 1:
+            raise UserError(f"{prefix}.{key}={flat[key]} must be between 0 and 1")
+    for key in ("multiplier", "synthetic.speed"):
+        if not flat[key] > 0:
+            raise UserError(f"{prefix}.{key}={flat[key]} must be greater than 0")
+    if source.max_stride < source.min_stride:
+        raise UserError(
+            f"{prefix}.max_stride={source.max_stride} must be at least {prefix}.min_stride="
+            f"{source.min_stride}"
+        )
+    for key, length in (("scale", 2), ("jitter", 3), ("frame_jitter", 3), ("fill", 3)):
+        value = source.augment[key]
+        if len(value) != length or min(value) < 0:
+            raise UserError(
+                f"{prefix}.augment.{key}={value} must be {length} numbers of at least 0"
+            )
+    if not 0 < source.augment.scale[0] <= source.augment.scale[1]:
+        raise UserError(f"{prefix}.augment.scale={source.augment.scale} must be 0 < least <= most")
+
+
 def check(config: Config) -> None:
     """Raises `UserError` for the first value that cannot work. Touches no file, no device."""
     flat = flat_keys(config)
     one_of("model.variant", config.model.variant, tuple(VARIANTS))
     one_of("model.version", config.model.version, VERSIONS)
-    one_of("data.source", config.data.source, SOURCES)
+    one_of("data.on_error", config.data.on_error, (STOP, SKIP))
+    one_of("data.draw", config.data.draw, (INTERLEAVE, RANDOM))
+    if config.data.phases_per_epoch > 1 and config.data.draw != RANDOM:
+        raise UserError(
+            f"data.phases_per_epoch={config.data.phases_per_epoch} divides the epochs of "
+            f"data.draw={RANDOM}; {config.data.draw} has none to divide: take 1"
+        )
+    check_source("data", config.data)
+    for name, entry in config.data.mixture.items():
+        check_source(f"data.mixture.{name}", entry)
     one_of("train.precision", config.train.precision, PRECISIONS)
     one_of("train.remat", config.train.remat, REMATS)
     resolution = config.model.resolution
@@ -121,20 +175,26 @@ def check(config: Config) -> None:
         raise UserError(
             f"mesh.model={config.mesh.model}: one video is not split over devices yet: take 1"
         )
+    if not 0 <= config.train.ema_decay < 1:
+        raise UserError(
+            f"train.ema_decay={config.train.ema_decay} must be at least 0 (no average) and below 1"
+        )
+    lora.check(config.lora.rules, config.lora.also_train)
+    if config.lora.rules and not config.checkpoint.init_from:
+        raise UserError(
+            "lora.rules adapts weights that there are: give them as checkpoint.init_from, or leave "
+            "lora.rules empty to train from random ones"
+        )
     if config.prompts.max_corrected_frames < config.prompts.max_cond_frames:
         raise UserError(
             f"prompts.max_corrected_frames={config.prompts.max_corrected_frames} must be at least "
             f"prompts.max_cond_frames={config.prompts.max_cond_frames}: prompted frames are "
             "among the corrected ones"
         )
-    for key in ("optim.learning_rate", "optim.weight_decay", "optim.layer_decay_overrides"):
-        width = 3 if key == "optim.learning_rate" else 2
-        for rule in flat[key]:
-            if not (isinstance(rule, tuple) and len(rule) == width and isinstance(rule[0], tuple)):
-                form = "(globs, start, end)" if width == 3 else "(globs, value)"
-                raise UserError(f"{key}: rule {rule!r} must be {form}, globs a tuple of strings")
-            if key == "optim.learning_rate" and not min(rule[1:]) >= 0:
-                raise UserError(f"{key}: the rates of rule {rule!r} must be at least 0")
+    options = {option: flat[f"optim.{option}"] for option in methods.OPTIONS}
+    methods.check_method(config.optim.name, options, config.optim.nesterov)
+    for key in ("optim.multiplier", "optim.layer_decay_overrides"):
+        methods.check_factors(key, flat[key])
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -10,16 +10,16 @@ that tracks nothing.
 """
 
 import functools
+import queue
+import re
 from collections import deque
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cv2
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8, UInt16
 from tqdm.auto import tqdm
 
 from sam2_jax import metrics, plots
@@ -32,7 +32,7 @@ CHUNK = 8  # frames decoded at a time: bounds the memory of a long clip
 
 Image = UInt8[np.ndarray, "h w 3"]
 Masks = Bool[np.ndarray, "o h w"]
-Labels = UInt8[np.ndarray, "h w"]  # 0 background, otherwise the object's id
+Labels = UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]  # 0 background, k + 1 object k
 # Predicts a clip frame by frame: (frames, masks of the first frame, number of frames) -> for each
 # frame in order the label map with k + 1 where object k of the masks is.
 PredictClip = Callable[[Iterator[Image], Masks, int], Iterator[Labels]]
@@ -52,17 +52,54 @@ def evaluate(
 
     Raises UserError where there is nothing to score.
     """
-    count = min(len(source), max_clips or len(source))
-    lengths = [source.video(i).num_frames for i in range(count)]
+    clips = range(min(len(source), max_clips or len(source)))
+    found = score_clips([predict], source, clips, max_frames, watch, progress)
+    return collect(found, len(clips))
+
+
+def score_clips(
+    predictors: Sequence[PredictClip],
+    source: VideoSource,
+    clips: Sequence[int],
+    max_frames: int = 0,
+    watch: Watch | None = None,
+    progress: bool = False,
+    title: str = "evaluate",
+) -> list[metrics.ObjectScores]:
+    """Tracks and scores some clips, each by the next predictor that is free.
+
+    Scores come in the order of `clips`, frames are watched as they are predicted.
+    """
+    lengths = [source.video(i).num_frames for i in clips]
     total = sum(min(n, max_frames or n) for n in lengths)
-    objects: list[metrics.ObjectScores] = []
+    free: queue.SimpleQueue[PredictClip] = queue.SimpleQueue()
+    for predict in predictors:
+        free.put(predict)
     hide = None if progress else True  # None: hidden where no terminal shows it
-    with tqdm(total=total, desc="evaluate", unit="frame", leave=False, disable=hide) as bar:
-        for i in range(count):
-            objects += _evaluate_clip(predict, source, i, max_frames, watch, bar)
+    with (
+        tqdm(total=total, desc=title, unit="frame", leave=False, disable=hide) as bar,
+        ThreadPoolExecutor(len(predictors)) as pool,
+    ):
+
+        def one(i: int) -> list[metrics.ObjectScores]:
+            predict = free.get()
+            try:
+                return _evaluate_clip(predict, source, i, max_frames, watch, bar)
+            finally:
+                free.put(predict)
+
+        try:
+            return [row for rows in pool.map(one, clips) for row in rows]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def collect(objects: Sequence[metrics.ObjectScores], clips: int) -> metrics.Results:
+    """All scores as one result; raises UserError where there are none."""
     if not objects:
         raise UserError(
-            f"evaluation found no object to score in {count} clips: it needs clips of at least 3 "
+            f"evaluation found no object to score in {clips} clips: it needs clips of at least 3 "
             "annotated frames whose objects are seen again after the first; check data.eval_root, "
             "eval.max_clips and eval.max_frames"
         )
@@ -81,19 +118,45 @@ def check_source(source: VideoSource, max_clips: int = 0) -> None:
         )
 
 
-def tracker_predictor(tracker: video.Tracker, params: Any, resolution: int) -> PredictClip:
+def parse_prompt(prompt: str) -> int | None:
+    """How many clicks a prompt's name means; None for "mask" and "box".
+
+    Raises UserError for a name that is neither of these nor click1, click2 ...
+    """
+    if prompt in ("mask", "box"):
+        return None
+    if match := re.fullmatch(r"click([1-9]\d*)", prompt):
+        return int(match[1])
+    raise UserError(
+        f"eval.prompts: '{prompt}' is no prompt of the first frame: take 'mask', 'box', or "
+        "'click1', 'click3' ... for so many clicks on every object"
+    )
+
+
+def tracker_predictor(
+    tracker: video.Tracker, params: Any, resolution: int, prompt: str = "mask"
+) -> PredictClip:
     """Runs a tracker over a clip; the host works on a frame while the device tracks the next.
 
-    The number of objects is padded to one of few sizes (with empty masks, whose output is dropped),
-    so that few programs are compiled.
+    The tracker is given the first frame's masks, the boxes around them, or clicks (see
+    `parse_prompt`). The number of objects is padded to one of few sizes (with empty masks, whose
+    output is dropped), so that few programs are compiled.
     """
+    clicks = parse_prompt(prompt)
+
+    def start(image: Image, masks: Masks, num_frames: int) -> tuple[Any, Array]:
+        if clicks:
+            return tracker.first_clicks(params, image, masks, num_frames, clicks=clicks)
+        if prompt == "box":
+            return tracker.first_points(params, image, *boxes(masks), num_frames)
+        return tracker.first(params, image, masks, num_frames)
 
     def predict(frames: Iterator[Image], masks: Masks, num_frames: int) -> Iterator[Labels]:
         size = masks.shape[1:]
         pad = np.zeros((_padded(len(masks)) - len(masks), resolution, resolution), bool)
-        prompt = np.concatenate([transforms.resize_masks(masks, resolution), pad])
+        given = np.concatenate([transforms.resize_masks(masks, resolution), pad])
         resize = functools.partial(_resize_frame, resolution=resolution)
-        state, logits = tracker.first(params, resize(next(frames)), prompt, num_frames)
+        state, logits = start(resize(next(frames)), given, num_frames)
         for frame in frames:
             pending = logits
             state, logits = tracker.next(params, state, resize(frame))
@@ -103,6 +166,21 @@ def tracker_predictor(tracker: video.Tracker, params: Any, resolution: int) -> P
     return predict
 
 
+def boxes(masks: Masks) -> tuple[Float[np.ndarray, "o 2 2"], Int[np.ndarray, "o 2"]]:
+    """Corners (x, y in pixels, inclusive) of the boxes around masks, and their labels 2 and 3.
+
+    An empty mask has no corners: labels -1.
+    """
+    points = np.zeros((len(masks), 2, 2), np.float32)
+    labels = np.full((len(masks), 2), -1, np.int32)
+    for k, mask in enumerate(masks):
+        y, x = np.nonzero(mask)
+        if len(y):
+            points[k] = (x.min(), y.min()), (x.max(), y.max())
+            labels[k] = 2, 3
+    return points, labels
+
+
 def label_map(logits: Float[Array, "o hl wl"], size: tuple[int, int]) -> Labels:
     """Upsamples logits bilinearly to `size` and gives each pixel to the highest one, if positive.
 
@@ -110,44 +188,12 @@ def label_map(logits: Float[Array, "o hl wl"], size: tuple[int, int]) -> Labels:
     (sam2_base.py `_apply_non_overlapping_constraints`), with one object in memory at a time.
     """
     best = np.zeros(size, np.float32)
-    labels = np.zeros(size, np.uint8)
+    labels = np.zeros(size, np.uint8 if len(logits) < 256 else np.uint16)
     for k, low in enumerate(np.asarray(logits, np.float32)):
         high = cv2.resize(low, size[::-1], interpolation=cv2.INTER_LINEAR)
         labels[high > best] = k + 1
         np.maximum(best, high, out=best)
     return labels
-
-
-def evaluate_config(
-    config: Any, model: Any, params: Any, source: VideoSource, workdir: str | Path, step: int
-) -> dict[str, float]:
-    """Evaluates a model in training: a line on the screen, `overlay.png` in the workdir.
-
-    Returns the row for metrics.jsonl: `eval/J&F`, `eval/J`, `eval/F` and the static baseline's
-    `eval/static J&F`, `eval/static J`, fractions. Of several processes each evaluates everything,
-    so that none runs into a timeout of the others' collectives, and the first one tells.
-    """
-    sheet = plots.Sheet()
-    results = evaluate(
-        tracker_predictor(_tracker(model), _local(params), config.model.resolution),
-        source,
-        max_clips=config.eval.max_clips,
-        max_frames=config.eval.max_frames,
-        watch=sheet.watch,
-        progress=jax.process_index() == 0,
-    )
-    if jax.process_index() == 0:
-        tqdm.write(f"step {step}: {results}")
-        scores = {name: clip.jf for name, clip in results.clips.items()}
-        title = f"step {step}: J&F {results.jf:.3f}, static mask {results.static.jf:.3f}"
-        plots.overlay_sheet(sheet.rows, scores, Path(workdir) / "overlay.png", title=title)
-    return {
-        "eval/J&F": results.jf,
-        "eval/J": results.j,
-        "eval/F": results.f,
-        "eval/static J&F": results.static.jf,
-        "eval/static J": results.static.j,
-    }
 
 
 def _evaluate_clip(
@@ -159,33 +205,34 @@ def _evaluate_clip(
     bar: tqdm,
 ) -> list[metrics.ObjectScores]:
     name = source.video(i).name
-    start, first = _first_annotated(source, i)
+    start, ids = _first_annotated(source, i)
     stop = source.video(i).num_frames
     stop = min(stop, start + max_frames) if max_frames else stop
     num_frames = stop - start
-    ids = tuple(int(k) for k in np.unique(first) if k)
     if not ids:
         return []
-    masks = first == np.array(ids)[:, None, None]
-    to_id = np.array((0, *ids), np.uint8)
-    decoded: deque[tuple[Image, Labels]] = deque()  # handed to the tracker, not yet predicted
+    decoded: deque[tuple[Image, Masks]] = deque()  # handed to the tracker, not yet predicted
+    masks = source.read(i, [start], ids)[1][0]
+    # Overlapping masks become a label map as predictions do: the earlier object wins
+    static = np.zeros(masks.shape[1:], np.uint16)
+    for k in range(len(ids), 0, -1):
+        static[masks[k - 1]] = k
 
     def frames() -> Iterator[Image]:
         for chunk in range(start, stop, CHUNK):
-            images, labels = source.read(i, range(chunk, min(chunk + CHUNK, stop)))
-            for image, true in zip(images, labels, strict=True):
+            images, truths = source.read(i, range(chunk, min(chunk + CHUNK, stop)), ids)
+            for image, true in zip(images, truths, strict=True):
                 decoded.append((image, true))
                 yield image
 
     model_scores, static_scores = [], []
     for t, predicted in enumerate(predict(frames(), masks, num_frames)):
         image, true = decoded.popleft()
-        predicted = to_id[predicted]
         if 0 < t < num_frames - 1:
-            model_scores.append(metrics.score_frame(predicted, true, ids))
-            static_scores.append(metrics.score_frame(first, true, ids))
+            model_scores.append(metrics.score_frame(predicted, true))
+            static_scores.append(metrics.score_frame(static, true))
         if watch:
-            watch(plots.View(name, i, start + t, t, num_frames, image, predicted, true))
+            watch(plots.View(name, i, start + t, t, num_frames, image, ids, predicted, true))
         bar.update()
     if not model_scores:
         return []
@@ -197,13 +244,12 @@ def _evaluate_clip(
     return [row for row in rows if not np.isnan(row.j)]
 
 
-def _first_annotated(source: VideoSource, i: int) -> tuple[int, Labels]:
-    """The first frame with an object, 0 in nearly every clip, and its label map."""
+def _first_annotated(source: VideoSource, i: int) -> tuple[int, tuple[int, ...]]:
+    """The first frame with an object, 0 in nearly every clip, and the objects that it shows."""
     for t in range(source.video(i).num_frames):
-        labels = source.labels(i, [t])[0]
-        if labels.any():
-            return t, labels
-    return 0, np.zeros((1, 1), np.uint8)
+        if ids := source.objects(i, t):
+            return t, ids
+    return 0, ()
 
 
 def _padded(count: int) -> int:
@@ -212,18 +258,5 @@ def _padded(count: int) -> int:
     return power * 3 // 4 if count <= power * 3 // 4 and power > 2 else power
 
 
-def _resize_frame(image: Image, resolution: int) -> Array:
+def _resize_frame(image: Image, resolution: int) -> UInt8[np.ndarray, "s s 3"]:
     return transforms.resize_frames(image[None], resolution)[0]
-
-
-def _local(params: Any) -> Any:
-    """A whole copy on one device of this process, wherever the parameters were sharded to."""
-    if jax.process_count() > 1:
-        params = multihost_utils.process_allgather(params, tiled=True)
-    return jax.device_put(params, jax.local_devices()[0])
-
-
-@functools.lru_cache(maxsize=4)
-def _tracker(model: Any) -> video.Tracker:
-    """One tracker per model, so that a later evaluation finds its programs compiled."""
-    return video.make_tracker(model)

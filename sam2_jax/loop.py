@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from sam2_jax import sharding
 from sam2_jax.records import Records
-from sam2_jax.train import Metrics, RandomKey, State, TrainStep
+from sam2_jax.train import Metrics, RandomKey, State, TrainStep, best_params
 from sam2_jax.types import Batch, UserError
 
 SMOOTHED_STEPS = 50  # the bar shows the mean loss of so many: single steps differ by their prompts
@@ -117,12 +117,15 @@ def run_loop(
     workdir: pathlib.Path,
     save: Callable[[int, State], None],
     evaluate: Callable[[Any, int], dict[str, float]] | None = None,
+    source_of: Callable[[int], str] | None = None,
 ) -> State:
     """Trains from `state.step` to `settings.steps` and returns the last state.
 
     `save(step, state)` starts a checkpoint, `evaluate(params, step)` gives rows for
-    metrics.jsonl. Only process 0 writes and shows. Metrics of step n are read once step n+1 is
-    launched, so that the device never waits for the host. Raises `UserError` where the loss is
+    metrics.jsonl; `source_of(n)` names the source of batch n, counted from 0, where there are
+    several, and the loss of each is logged as `SOURCE/loss`. Only process 0 writes and shows.
+    Metrics of step n are read once step n+1 is launched, so that the device never waits for the
+    host. Raises `UserError` where the loss is
     not finite, before anything of that step is saved.
     """
     done = int(state.step)
@@ -139,6 +142,8 @@ def run_loop(
                 f"the loss of step {step} is {values['loss']}: lower optim.learning_rate, or "
                 "train.precision=float32; the last checkpoint is from before"
             )
+        if source_of:
+            values[f"{source_of(step - 1)}/loss"] = values["loss"]
         clock.tick()
         display.step(values["loss"])
         if step == done + 1:
@@ -169,7 +174,7 @@ def run_loop(
             pending = None
             if evaluates and evaluate:
                 try:
-                    row = evaluate(state.params, step)
+                    row = evaluate(best_params(state), step)
                 except UserError:
                     save(step, state)  # what was learnt is not lost to a bad evaluation set
                     raise

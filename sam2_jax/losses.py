@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from sam2_jax.resize import resize
 from sam2_jax.types import Array, FrameOut
@@ -137,12 +137,15 @@ def total(
     masks: Bool[Array, "t b o h w"],
     valid: Bool[Array, "b o"],
     weights: LossWeights = REFERENCE_WEIGHTS,
+    objects: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss of a batch and its unweighted terms, divided by the number of real objects.
 
-    Under `jit` the sums, the number of objects among them, run over the global batch, so that a
-    device with more objects counts for more. Logits are upsampled frame by frame and again in the
-    backward pass, never kept at full resolution.
+    That number is `objects` where the batch is a part of a larger one, so that the losses of all
+    parts add up to that of the whole; else it is counted here. Under `jit` the sums, the number
+    among them, run over the global batch, so that a device with more objects counts for more.
+    Logits are upsampled frame by frame and again in the backward pass, never kept at full
+    resolution.
     """
 
     def one(sums, item):
@@ -152,7 +155,8 @@ def total(
 
     zero = Terms(*[jnp.zeros(())] * 4)
     sums, _ = jax.lax.scan(jax.checkpoint(one), zero, (out, masks))
-    terms = jax.tree.map(lambda x: x / jnp.maximum(valid.sum(), 1), sums)
+    count = valid.sum() if objects is None else objects
+    terms = jax.tree.map(lambda x: x / jnp.maximum(count, 1), sums)
     loss = jnp.stack(terms) @ jnp.asarray(weights, jnp.float32)
     return loss, {
         "loss_mask": terms.mask,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, UInt8, UInt16
 
 BOUND = 0.008  # tolerance of F, as a fraction of the image's diagonal
 SCORED = 3  # frames that a clip needs for one to be scored: the first and the last are not
@@ -103,12 +103,13 @@ def boundary_f(
 
 
 def score_frame(
-    predicted: UInt8[np.ndarray, "h w"], true: UInt8[np.ndarray, "h w"], ids: tuple[int, ...]
+    predicted: UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"],
+    true: Bool[np.ndarray, "o h w"],
 ) -> FrameScores:
-    """Scores the objects `ids` of two label maps."""
+    """Scores a label map, 0 background and k + 1 for object k, against the objects' masks."""
     j, f, in_truth, in_prediction = [], [], [], []
-    for k in ids:
-        p, t = predicted == k, true == k
+    for k, t in enumerate(true):
+        p = predicted == k + 1
         j.append(jaccard(p, t))
         f.append(boundary_f(p, t))
         in_truth.append(bool(t.any()))

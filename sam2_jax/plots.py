@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, UInt8, UInt16
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 Image = UInt8[np.ndarray, "h w 3"]
-Labels = UInt8[np.ndarray, "h w"]
+Labels = UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]
 
 # Bright, told apart by the colour-blind, none near white: that is the truth's.
 COLOURS = ((255, 149, 0), (64, 196, 255), (255, 64, 160), (140, 230, 40), (178, 120, 255),
@@ -38,26 +38,31 @@ class View(NamedTuple):
     place: int  # in the evaluated part of the video: 0 is the frame whose masks were given
     num_frames: int  # of the evaluated part
     image: Image
-    predicted: Labels  # object ids, 0 background
-    true: Labels
+    ids: tuple[int, ...]  # of the objects
+    predicted: Labels  # k + 1 where ids[k] is, 0 background
+    true: Bool[np.ndarray, "o h w"]
 
 
 class Sheet:
-    """Keeps what an overlay sheet shows of an evaluation: the first clips, frames evenly spaced."""
+    """Keeps what an overlay sheet shows of an evaluation: some clips, frames evenly spaced."""
 
-    def __init__(self, rows: int = 6, columns: int = 5):
-        self.rows: dict[str, list[View]] = {}
-        self._limits = rows, columns
+    def __init__(self, shown: Sequence[int] = range(6), columns: int = 5):
+        """`shown`: numbers of the clips. Not the first to arrive: they are tracked side by side."""
+        self._views: dict[int, list[View]] = {}
+        self._shown, self._columns = shown, columns
 
     def watch(self, view: View) -> None:
         """Keeps the frame if the sheet shows it."""
-        rows, columns = self._limits
-        if view.clip not in self.rows and len(self.rows) == rows:
-            return
-        if view.place in np.linspace(0, view.num_frames - 1, columns).round().astype(int):
+        places = np.linspace(0, view.num_frames - 1, self._columns).round().astype(int)
+        if view.clip_index in self._shown and view.place in places:
             # Copies: these are windows on a chunk of frames that would otherwise stay in memory.
             kept = view._replace(image=view.image.copy(), true=view.true.copy())
-            self.rows.setdefault(view.clip, []).append(kept)
+            self._views.setdefault(view.clip_index, []).append(kept)
+
+    @property
+    def rows(self) -> dict[str, list[View]]:
+        """The frames kept, by clip, in the order of the clips."""
+        return {views[0].clip: views for _, views in sorted(self._views.items())}
 
 
 def overlay_sheet(
@@ -90,7 +95,7 @@ def overlay_sheet(
                       transform=axes.transAxes,
                       bbox={"facecolor": "black", "alpha": 0.55, "pad": 2.5, "lw": 0})  # fmt: skip
         y -= gap
-    ids = sorted({int(k) for v in rows.values() for x in v for k in np.unique(x.predicted) if k})
+    ids = sorted({x.ids[k - 1] for v in rows.values() for x in v for k in _present(x.predicted)})
     handles = [
         Patch(facecolor=(_hex(k), FILL), edgecolor=_hex(k), lw=2, label=f"predicted: object {k}")
         for k in ids
@@ -111,7 +116,8 @@ def loss_curves(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     rows = _read(metrics_jsonl)
     figure = Figure(figsize=(12, 8), dpi=DPI, layout="constrained")
     loss, terms, quality, rates = figure.subplots(2, 2).flat
-    _curves(loss, rows, ["loss"], "loss", smooth=True)
+    by_source = [k for k in _keys(rows) if k.endswith("/loss") and not k.startswith("eval")]
+    _curves(loss, rows, by_source or ["loss"], "loss", smooth=True)
     names = [k for k in _keys(rows) if k.startswith("loss_")]
     _curves(terms, rows, names, "terms of the loss, unweighted", smooth=True)
     _curves(quality, rows, ["eval/J&F", "eval/J", "eval/F"], "evaluation", marker="o")
@@ -132,18 +138,28 @@ def loss_curves(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     _save(figure, out_png)
 
 
+def _present(labels: Labels) -> list[int]:
+    return [int(k) for k in np.unique(labels) if k]
+
+
+def paint(
+    image: Image, mask: Bool[np.ndarray, "h w"], colour: tuple[int, int, int], width: int
+) -> None:
+    """Fills a mask lightly, in place, and outlines it by `width` pixels with a black edge."""
+    image[mask] = (1 - FILL) * image[mask] + FILL * np.array(colour)
+    outlines = _outlines(mask)
+    cv2.polylines(image, outlines, True, (0, 0, 0), width + 2, cv2.LINE_AA)
+    cv2.polylines(image, outlines, True, colour, width, cv2.LINE_AA)
+
+
 def _tile(view: View, width: int, height: int) -> Image:
     """One frame at twice the sheet's size (outlines drawn large are smooth once reduced)."""
     size = 2 * width, 2 * height
     image = cv2.resize(view.image, size, interpolation=cv2.INTER_CUBIC)
-    for k in np.unique(view.predicted[view.predicted > 0]):
-        mask, colour = _enlarge(view.predicted == k, size), _colour(int(k))
-        image[mask] = (1 - FILL) * image[mask] + FILL * np.array(colour)
-        outlines = _outlines(mask)
-        cv2.polylines(image, outlines, True, (0, 0, 0), 7, cv2.LINE_AA)
-        cv2.polylines(image, outlines, True, colour, 5, cv2.LINE_AA)
-    for k in np.unique(view.true[view.true > 0]):
-        for outline in _outlines(_enlarge(view.true == k, size)):
+    for k in _present(view.predicted):
+        paint(image, enlarge(view.predicted == k, size), colour_of(view.ids[k - 1]), 5)
+    for mask in view.true:
+        for outline in _outlines(enlarge(mask, size)):
             # Dashes of 14 points, gaps of 10; points of a contour are one pixel apart.
             dashes = [outline[i : i + 14] for i in range(0, len(outline), 24)]
             cv2.polylines(image, dashes, False, (0, 0, 0), 5, cv2.LINE_AA)
@@ -151,7 +167,8 @@ def _tile(view: View, width: int, height: int) -> Image:
     return image
 
 
-def _enlarge(mask: Bool[np.ndarray, "h w"], size: tuple[int, int]) -> Bool[np.ndarray, "h2 w2"]:
+def enlarge(mask: Bool[np.ndarray, "h w"], size: tuple[int, int]) -> Bool[np.ndarray, "h2 w2"]:
+    """A mask resized to `size`, width and height in pixels."""
     return cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR) > 0.5
 
 
@@ -159,12 +176,13 @@ def _outlines(mask: Bool[np.ndarray, "h w"]) -> Sequence[np.ndarray]:
     return cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
 
 
-def _colour(k: int) -> tuple[int, int, int]:
+def colour_of(k: int) -> tuple[int, int, int]:
+    """The colour (RGB, 0-255) of an object."""
     return COLOURS[(k - 1) % len(COLOURS)]
 
 
 def _hex(k: int) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*_colour(k))
+    return "#{:02x}{:02x}{:02x}".format(*colour_of(k))
 
 
 def _curves(

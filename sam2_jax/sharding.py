@@ -4,6 +4,7 @@ Decided once, from shapes alone, outside the model: batches are split over the a
 `fsdp`, the state (parameters and optimizer moments alike) over `fsdp`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,15 +47,21 @@ def make_mesh(data: int, fsdp: int, model: int, devices: Sequence[Any] | None = 
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, processes: int = 1) -> None:
-    """Raises `UserError` unless the mesh, and the processes that load, divide the batch."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch_size(batch_size: int, mesh: Mesh, processes: int = 1, accumulate: int = 1) -> None:
+    """Raises `UserError` unless the mesh, and the processes that load, divide the batch.
+
+    Of a batch in `accumulate` parts, each is to be divided by the mesh.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size < 1 or batch_size % shards or batch_size % processes:
+        parts = accumulate > 1
         raise UserError(
-            f"data.batch_size={batch_size} must be a multiple of mesh.data * mesh.fsdp = "
-            f"{mesh.shape['data']} * {mesh.shape['fsdp']}"
+            f"data.batch_size={batch_size} must be a multiple of mesh.data * mesh.fsdp"
+            + (" * train.accumulate" if parts else "")
+            + f" = {mesh.shape['data']} * {mesh.shape['fsdp']}"
+            + (f" * {accumulate}" if parts else "")
             + (f" and of the {processes} processes" if processes > 1 else "")
-            + f"; take {max(shards, processes)} or a multiple of it, or fewer devices"
+            + f"; take {math.lcm(shards, processes)} or a multiple of it, or fewer devices"
         )
 
 
@@ -103,3 +110,22 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda local: jax.make_array_from_process_local_data(sharding, local), batch
     )
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """Brings a sharded tree together on every device, in the dtype that it has.
+
+    For a step's copy of the parameters, once and outside all loops: so the number of gathers grows
+    neither with the frames nor with the parts of a batch. Nothing on a mesh without `fsdp`.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return tree
+    # Pinned before, too: else a cast or a sum before it might be moved behind the gather
+    return jax.lax.with_sharding_constraint(scatter(tree, mesh), replicated(mesh))
+
+
+def scatter(tree: Any, mesh: Mesh) -> Any:
+    """Lays a tree out as `tree_shardings` says: gradients are not summed whole on every device."""
+    if mesh.shape["fsdp"] == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, mesh))

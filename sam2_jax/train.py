@@ -13,34 +13,58 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Int, PRNGKeyArray
 
-from sam2_jax import losses, optim, prompts, rules, sharding, track
-from sam2_jax.types import Array, Batch, PromptPlan
+from sam2_jax import lora, losses, optim, partition, prompts, rules, sharding, track
+from sam2_jax.model.classes import module_classes
+from sam2_jax.model.sam2 import make_sam2
+from sam2_jax.types import Array, Batch, PromptPlan, UserError
 
 Params = Any  # nested dict of arrays
 RandomKey = PRNGKeyArray
 Metrics = dict[str, Array]  # scalars
-# (params, batch, plan, key) -> (loss, scalar terms); the loss is summed over what the batch holds
-# on all devices.
-LossFn = Callable[[Params, Batch, PromptPlan, RandomKey], tuple[Array, Metrics]]
+# (params, batch, plan, key, objects) -> (loss, scalar terms); the loss is summed over what the
+# batch holds on all devices and divided by `objects`, so that those of a batch's parts add up.
+LossFn = Callable[[Params, Batch, PromptPlan, RandomKey, Array], tuple[Array, Metrics]]
 # Leaves that a bfloat16 step computes with in bfloat16. All others, few and small, stay float32 and
 # keep what they are added to in float32: embeddings, norms, biases, random frequencies.
 KERNELS = ("kernel", "dwconv_kernel")
 
 
 class State(NamedTuple):
-    """Everything that a step changes. Float32; laid out by `state_shardings`."""
+    """Everything that a step changes, and the frozen parameters. Float32; see `state_shardings`.
+
+    Frozen kernels have no second copy in the compute dtype: each step casts them anew, and the
+    copy lives only as long as the step reads it. Held in bfloat16 alone they could not be saved.
+    """
 
     step: Int[Array, ""]  # updates done
-    params: Params
-    opt_state: optax.OptState
+    params: Params  # of the model, LoRA's among them
+    opt_state: optax.OptState  # of the trained parameters only
+    ema: Params | None = None  # moving average of the trained parameters
 
 
 TrainStep = Callable[[State, Batch, RandomKey], tuple[State, Metrics]]
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> State:
-    """State before the first step."""
-    return State(jnp.zeros((), jnp.int32), params, tx.init(params))
+def split_params(params: Params, optimizer: optim.Optimizer) -> tuple[Params, Params]:
+    """(trained, frozen) parameters, nested dicts."""
+    return partition.split(params, lambda path: optimizer.labels[path] != optim.FROZEN)
+
+
+def begin_ema(params: Params, optimizer: optim.Optimizer) -> Params:
+    """The moving average before the first step: a copy, so that none is biased towards zero."""
+    return jax.tree.map(jnp.copy, split_params(params, optimizer)[0])
+
+
+def init_state(params: Params, optimizer: optim.Optimizer, ema: bool = False) -> State:
+    """State before the first step, `ema`: with a moving average."""
+    trained, _ = split_params(params, optimizer)
+    average = begin_ema(params, optimizer) if ema else None
+    return State(jnp.zeros((), jnp.int32), params, optimizer.tx.init(trained), average)
+
+
+def best_params(state: State) -> Params:
+    """The parameters to evaluate: where there is a moving average, its values."""
+    return state.params if state.ema is None else partition.join(state.params, state.ema)
 
 
 def compute_copy(params: Params, dtype: Any) -> Params:
@@ -53,64 +77,103 @@ def compute_copy(params: Params, dtype: Any) -> Params:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def make_gather(mesh: Mesh) -> Callable[[Params], Params]:
-    """Brings sharded parameters together on every device; gradients are scattered back.
-
-    To be called once a step, outside the scan over frames: so the number of gathers does not
-    grow with the number of frames. On a mesh without `fsdp` the identity.
-    """
-    if mesh.shape["fsdp"] == 1:
-        return lambda params: params
-
-    @jax.custom_vjp
-    def gather(params: Params) -> Params:
-        return jax.lax.with_sharding_constraint(params, sharding.replicated(mesh))
-
-    def forward(params: Params) -> tuple[Params, None]:
-        return gather(params), None
-
-    def backward(_: None, grads: Params) -> tuple[Params]:
-        # Without this the gradients would be summed whole on every device.
-        return (jax.lax.with_sharding_constraint(grads, sharding.tree_shardings(grads, mesh)),)
-
-    gather.defvjp(forward, backward)
-    return gather
-
-
 def make_train_step(
     optimizer: optim.Optimizer,
     *,
     loss_fn: LossFn,
-    sample_plan: Callable[[RandomKey], PromptPlan],
+    sample_plan: Callable[[RandomKey, int], PromptPlan],
+    mesh: Mesh,
     active: Callable[[PromptPlan], dict[str, Array]] = optim.active_groups,
     precision: str = "float32",
-    gather: Callable[[Params], Params] = lambda params: params,
+    lora_rules: lora.Rules = (),
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
 ) -> TrainStep:
     """train_step(state, batch, run_key) -> (state, metrics), to be jitted with donated state.
 
     All randomness is fold_in(run_key, step), so that a resumed run draws what it would have
-    drawn. Metrics: `loss`, the terms, `grad_norm` before clipping, learning rates.
+    drawn. `sample_plan` is given the number of frames, which may differ from batch to batch: each
+    shape of a batch is compiled once. The batch is worked off in `accumulate` parts, one after the
+    other, for the gradients of the whole. The plan is that of the whole batch, whatever their
+    number; dropout and the places of clicks and boxes are drawn for each part, hence differ.
+    Metrics: `loss`, the terms, `grad_norm` of the trained parameters before clipping, rates.
     """
     dtype = jnp.dtype(precision)
 
+    def learns(path: str) -> bool:
+        """Whether a parameter of the model gets a gradient: its own, or for its adapter."""
+        folder, _, name = path.rpartition("/")
+        leaves = [path, f"{folder}/{lora.LEAVES[-1]}"] if name == "kernel" else [path]
+        return any(optimizer.labels.get(leaf, optim.FROZEN) != optim.FROZEN for leaf in leaves)
+
+    def gradients(
+        trained: Params, frozen: Params, batch: Batch, plan: PromptPlan, key: RandomKey
+    ) -> tuple[Metrics, Params]:
+        def merged(trained: Params) -> tuple[Params, Params]:
+            whole = lora.merge(partition.join(frozen, trained), lora_rules)
+            return partition.split(whole, learns)
+
+        # Cast and gathered once, outside all loops; the gradients are of these copies
+        learnt, pull, constant = jax.vjp(merged, trained, has_aux=True)
+        learnt = sharding.gather(compute_copy(learnt, dtype), mesh)
+        constant = sharding.gather(compute_copy(constant, dtype), mesh)
+        objects = batch.valid.sum()
+
+        def one_part(batch: Batch, key: RandomKey) -> tuple[Metrics, Params]:
+            def loss_of(learnt: Params) -> tuple[Array, Metrics]:
+                return loss_fn(partition.join(constant, learnt), batch, plan, key, objects)
+
+            (loss, terms), grads = jax.value_and_grad(loss_of, has_aux=True)(learnt)
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), sharding.scatter(grads, mesh))
+            return {"loss": loss, **terms}, grads
+
+        metrics, grads = sum_of_parts(one_part, batch, key, accumulate)
+        return metrics, pull(grads)[0]
+
     def train_step(state: State, batch: Batch, run_key: RandomKey) -> tuple[State, Metrics]:
         plan_key, loss_key = jax.random.split(jax.random.fold_in(run_key, state.step))
-        plan = sample_plan(plan_key)
-
-        def loss_of(params: Params) -> tuple[Array, Metrics]:
-            return loss_fn(gather(compute_copy(params, dtype)), batch, plan, loss_key)
-
-        (loss, terms), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        plan = sample_plan(plan_key, batch.images.shape[1])
+        trained, frozen = split_params(state.params, optimizer)
+        metrics, grads = gradients(trained, frozen, batch, plan, loss_key)
         updates, opt_state = optimizer.tx.update(
-            grads, state.opt_state, state.params, active=active(plan)
+            grads, state.opt_state, trained, active=active(plan)
         )
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
+        trained = optax.apply_updates(trained, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda old, new: old + (1 - ema_decay) * (new - old), ema, trained)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         for name, schedule in optimizer.schedules.items():
             metrics[name] = jnp.asarray(schedule(state.step))
-        return State(state.step + 1, params, opt_state), metrics
+        return State(state.step + 1, partition.join(frozen, trained), opt_state, ema), metrics
 
     return train_step
+
+
+def sum_of_parts(
+    one_part: Callable[[Batch, RandomKey], tuple[Metrics, Params]],
+    batch: Batch,
+    key: RandomKey,
+    parts: int,
+) -> tuple[Metrics, Params]:
+    """What `one_part` gives, summed over the parts of a batch by a loop.
+
+    Part i of k has the videos i, i + k, i + 2 k ...: so each has videos of every device, and none
+    moves to another. Of one part, `key` is used itself.
+    """
+    if parts == 1:
+        return one_part(batch, key)
+    items = (
+        jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch),
+        jax.random.split(key, parts),
+    )
+    shapes = jax.eval_shape(one_part, *jax.tree.map(lambda x: x[0], items))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total: Any, item: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one_part(*item)), None
+
+    return jax.lax.scan(add, zeros, items)[0]
 
 
 def state_shardings(shapes: State, mesh: Mesh) -> State:
@@ -133,52 +196,97 @@ def jit_step(step: TrainStep, shapes: State, mesh: Mesh) -> TrainStep:
 def make_loss(
     model: Any, weights: losses.LossWeights, remat: str, max_cond: int, points: bool
 ) -> LossFn:
-    """Loss of tracking a batch through a plan with all that training has of randomness."""
+    """Loss of tracking a batch through a plan with all that training has of randomness.
+
+    `points`: whether plans with clicks and boxes are ever drawn; images get no others.
+    """
 
     def loss_fn(
-        params: Params, batch: Batch, plan: PromptPlan, key: RandomKey
+        params: Params, batch: Batch, plan: PromptPlan, key: RandomKey, objects: Array
     ) -> tuple[Array, Metrics]:
+        num_frames = batch.images.shape[1]
         out = track.track(
-            model, params, batch, plan, key, max_cond=max_cond, remat=remat, points=points
+            model,
+            params,
+            batch,
+            plan,
+            key,
+            max_cond=min(max_cond, num_frames),
+            remat=remat,
+            points=points or num_frames == 1,
         )
         masks = jnp.moveaxis(jnp.asarray(batch.masks), 1, 0)
-        return losses.total(out, masks, batch.valid, weights)
+        return losses.total(out, masks, batch.valid, weights, objects)
 
     return loss_fn
 
 
 def make_optim_settings(config: Any) -> optim.OptimSettings:
-    """From the config's `optim` and `train` sections."""
+    """From the config's `model`, `optim` and `train` sections."""
     o = config.optim
+    m = config.model
     return optim.OptimSettings(
+        name=o.name,
         learning_rate=o.learning_rate,
         weight_decay=o.weight_decay,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        momentum=o.momentum,
+        decay_rate=o.decay_rate,
+        nesterov=o.nesterov,
+        multiplier=o.multiplier,
         frozen=o.frozen,
         layer_decay=o.layer_decay,
         layer_decay_min=o.layer_decay_min,
         layer_decay_overrides=o.layer_decay_overrides,
         steps=config.train.steps,
         warmup_steps=o.warmup_steps,
-        b1=o.b1,
-        b2=o.b2,
-        eps=o.eps,
         clip_norm=o.clip_norm,
+        classes=module_classes(make_sam2(m.variant, m.resolution, m.version)),
     )
+
+
+def make_config_optimizer(config: Any, shapes: Params) -> tuple[optim.Optimizer, Params]:
+    """(optimizer, shapes of all parameters) of a config, given those of its model.
+
+    Adapters of `lora.rules` come in beside their kernels; of the model's own parameters only those
+    of `lora.also_train` are then trained. Raises `UserError` for rules that miss.
+    """
+    adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, config.lora.rules))
+    settings = make_optim_settings(config)
+    held = lora.frozen_paths(shapes, config.lora.rules, config.lora.also_train)
+    settings = settings._replace(frozen=(*settings.frozen, *held))
+    shapes = partition.join(shapes, adapters)
+    optimizer = optim.make_optimizer(settings, shapes, config.model.version)
+    for path in filter(lora.is_lora, rules.paths_of(shapes)):
+        if optimizer.labels[path] == optim.FROZEN:
+            raise UserError(
+                f"optim.frozen={config.optim.frozen!r} freezes the adapter '{path}': leave out "
+                "what does, since lora.rules freezes the model's own parameters"
+            )
+    return optimizer, shapes
 
 
 def make_config_step(config: Any, model: Any, optimizer: optim.Optimizer, mesh: Mesh) -> TrainStep:
     """The step that a config describes, not yet jitted."""
     settings = prompts.PromptSettings(**config.prompts)
-    points = settings.prob_points > 0 or config.data.num_frames == 1
-    if not points:
-        settings = settings._replace(corrections=0)
+    points = settings.prob_points > 0
+
+    def sample_plan(key: RandomKey, num_frames: int) -> PromptPlan:
+        corrections = settings.corrections if points or num_frames == 1 else 0
+        return prompts.sample_plan(key, num_frames, settings._replace(corrections=corrections))
+
     weights = losses.LossWeights(**config.loss)
     # Corrected frames, too, become conditioning frames
     max_cond = max(settings.max_cond_frames, settings.max_corrected_frames)
     return make_train_step(
         optimizer,
         loss_fn=make_loss(model, weights, config.train.remat, max_cond, points),
-        sample_plan=lambda key: prompts.sample_plan(key, config.data.num_frames, settings),
+        sample_plan=sample_plan,
+        mesh=mesh,
         precision=config.train.precision,
-        gather=make_gather(mesh),
+        lora_rules=config.lora.rules,
+        accumulate=config.train.accumulate,
+        ema_decay=config.train.ema_decay,
     )

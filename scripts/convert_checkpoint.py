@@ -3,6 +3,7 @@
   python scripts/convert_checkpoint.py --src=sam2.1_hiera_tiny.pt --dst=tiny
   python scripts/convert_checkpoint.py --src=runs/davis-tiny --dst=mine.pt
   python scripts/convert_checkpoint.py --src=checkpoint.pt --dst=mine.safetensors
+  python scripts/convert_checkpoint.py --src=runs/lora --dst=merged.pt
 
 SRC is a .pt or .pth file of facebookresearch/sam2 (released, or a checkpoint of its trainer), a
 .safetensors file with the same names, a workdir of scripts/train.py (its last step), or one step,
@@ -10,8 +11,10 @@ workdir/checkpoints/N. Variant and version are recognised from its tensors; --va
 is expected. DST is a .pt, .pth or .safetensors file, or, without a suffix, a folder with params/
 and config.json, to be given as scripts/evaluate.py --checkpoint and as checkpoint.init_from;
 config.json says --resolution=N (if not given, that of SRC's own config.json, else 1024), on which
-no tensor depends. .pt and .pth need PyTorch. A DST that exists is refused unless --overwrite is
-given.
+no tensor depends. .pt and .pth need PyTorch. Of a run with lora.rules the
+adapters are merged into the weights that it stands on, which --base=FILE says where to find if they
+are not where they were. --ema takes the moving average (train.ema_decay). A DST that exists is
+refused unless --overwrite is given.
 """
 
 import json
@@ -42,21 +45,27 @@ class Source(NamedTuple):
     params: dict  # numpy, float32
 
 
-def read(path: pathlib.Path, resolution: int | None = None, expected: str = "") -> Source:
+def read(
+    path: pathlib.Path,
+    resolution: int | None = None,
+    expected: str = "",
+    ema: bool = False,
+    base: str = "",
+) -> Source:
     """Reads any of the formats strictly: all the tensors of the recognised model, no other.
 
     Raises `UserError` for what is no whole model, for another variant than `expected` (if given),
     and for an impossible resolution.
     """
     found = checkpoint.find_params(path, key="--src")
-    variant, version = checkpoint.identify(found)
+    variant, version = checkpoint.identify(found, base)
     if expected not in ("", variant):
         raise UserError(f"--variant={expected}: {found} is {variant} {version}; leave the flag out")
     if resolution is None:
         resolution = own_resolution(found)
     model = make_sam2(variant, resolution, version)
     like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    params = jax.device_get(checkpoint.load_init(found, like))
+    params = jax.device_get(checkpoint.load_init(found, like, ema, base))
     about = {"variant": variant, "version": version, "resolution": resolution}
     return Source(found, about, params)
 
@@ -118,6 +127,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dst", type=pathlib.Path, required=True)
     parser.add_argument("--variant", default="", choices=["", *VARIANTS], help="to be checked")
     parser.add_argument("--resolution", type=int)
+    parser.add_argument("--ema", action="store_true", help="the moving average")
+    parser.add_argument("--base", default="", help="weights under a LoRA run")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
     to_file = args.dst.suffix in weights.SUFFIXES
@@ -127,7 +138,7 @@ def main(argv: list[str]) -> None:
             "and no tensor depends on it; leave the flag out"
         )
     check_output(args.dst, args.overwrite)
-    source = read(args.src, args.resolution, args.variant)
+    source = read(args.src, args.resolution, args.variant, args.ema, args.base)
     state = convert.to_reference(source.params)
     if to_file:
         weights.write(args.dst, state, args.overwrite)

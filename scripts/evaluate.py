@@ -32,10 +32,13 @@ CACHE = pathlib.Path.home() / ".cache" / "sam2_jax"
 RESOLUTION = 1024  # that of the released weights
 
 
-def load(path: pathlib.Path, resolution: int | None = None) -> tuple[Sam2, dict]:
+def load(
+    path: pathlib.Path, resolution: int | None = None, ema: bool = False, base: str = ""
+) -> tuple[Sam2, dict]:
     """The model that a checkpoint belongs to, and its parameters (float32).
 
-    `resolution` is for files of weights only, which fit every one.
+    `resolution` is for files of weights only, which fit every one; `ema` and `base` as in
+    `checkpoint.load_init`.
     """
     found = checkpoint.find_params(path, key="--checkpoint")
     model = model_of_file(found, resolution) if found.is_file() else model_of_run(path, found)
@@ -45,7 +48,7 @@ def load(path: pathlib.Path, resolution: int | None = None) -> tuple[Sam2, dict]
             f"{model.resolution} pixels, as its {checkpoint.CONFIG} says; leave the flag out"
         )
     like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return model, checkpoint.load_init(found, like)
+    return model, checkpoint.load_init(found, like, ema, base)
 
 
 def model_of_file(found: pathlib.Path, resolution: int | None) -> Sam2:
@@ -74,7 +77,10 @@ def model_of_run(path: pathlib.Path, found: pathlib.Path) -> Sam2:
 
 
 class Writer:
-    """Writes every predicted frame as a palette image, named after the true mask's file."""
+    """Writes every predicted frame as an image of object ids, named after the true mask's file.
+
+    Indexed images where ids fit a palette, else 16-bit grey ones.
+    """
 
     def __init__(self, source: FolderSource, output: pathlib.Path):
         self._source, self._output = source, output
@@ -85,11 +91,13 @@ class Writer:
             self._write(view, frame, np.zeros_like(view.predicted))
         self._write(view, view.frame, view.predicted)
 
-    def _write(self, view: plots.View, frame: int, labels: np.ndarray) -> None:
+    def _write(self, view: plots.View, frame: int, predicted: np.ndarray) -> None:
         folder = self._output / view.clip
         folder.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(labels)
-        image.putpalette(palette())
+        ids = np.array((0, *view.ids), np.uint8 if max(view.ids) < 256 else np.uint16)
+        image = Image.fromarray(ids[predicted])
+        if ids.dtype == np.uint8:
+            image.putpalette(palette())
         image.save(folder / f"{self._source.stem(view.clip_index, frame)}.png")
 
 
@@ -125,9 +133,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data_root", required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--resolution", type=int)
+    parser.add_argument("--ema", action="store_true", help="the moving average of a run")
+    parser.add_argument("--base", default="", help="weights under a LoRA run, if they moved")
     args = parser.parse_args(argv)
     source = open_folder(args.data_root, EVAL, key="--data_root")
-    model, params = load(args.checkpoint, args.resolution)
+    model, params = load(args.checkpoint, args.resolution, args.ema, args.base)
     args.output.mkdir(parents=True, exist_ok=True)
     sheet, write = plots.Sheet(), Writer(source, args.output)
 

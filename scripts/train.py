@@ -23,9 +23,10 @@ from absl import flags
 from jax._src.clusters import GceTpuCluster  # JAX has no public way to ask before connecting
 from ml_collections import config_flags
 
-from sam2_jax import checkpoint, evaluate, loop, optim, plots, sharding, train
+from sam2_jax import base as bases
+from sam2_jax import checkpoint, loop, lora, optim, plots, sharding, snapshot, train, validation
 from sam2_jax import config as config_lib
-from sam2_jax.data import pipeline, sources
+from sam2_jax.data import catalogue, pipeline
 from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
 from sam2_jax.types import UserError
 
@@ -96,8 +97,8 @@ class Run(NamedTuple):
     model: Sam2
     optimizer: optim.Optimizer
     like: train.State  # shapes with shardings
-    train_source: sources.VideoSource
-    eval_source: sources.VideoSource
+    parts: list[pipeline.Part]  # what is trained on
+    eval_sets: list[validation.EvalSet]
     latest: int | None  # step to go on from
 
 
@@ -112,21 +113,24 @@ def prepare(config: Any) -> Run:
     if blocking := next((p for p in (workdir, *workdir.parents) if p.is_file()), None):
         raise UserError(f"--workdir={workdir}: {blocking} is a file, not a folder; take another")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
-    sharding.check_batch_size(config.data.batch_size, mesh, jax.process_count())
+    for part in config.data.mixture.values() or [config.data]:
+        sharding.check_batch_size(
+            part.batch_size, mesh, jax.process_count(), config.train.accumulate
+        )
     m = config.model
     model = make_sam2(
         m.variant, m.resolution, m.version, m.attention_dropout, m.dropout, m.drop_path
     )
     shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    optimizer = optim.make_optimizer(train.make_optim_settings(config), shapes, m.version)
-    state = jax.eval_shape(functools.partial(train.init_state, tx=optimizer.tx), shapes)
-    train_source = pipeline.make_train_source(config)
-    eval_source = pipeline.make_eval_source(config)
-    evaluate.check_source(eval_source, config.eval.max_clips)
+    optimizer, with_adapters = train.make_config_optimizer(config, shapes)
+    begin = functools.partial(train.init_state, optimizer=optimizer, ema=config.train.ema_decay > 0)
+    state = jax.eval_shape(begin, with_adapters)
+    parts = catalogue.make_parts(config)
+    eval_sets = validation.make_eval_sets(config)
     latest = checkpoint.latest_step(workdir)
     if latest is not None:
         checkpoint.check_same_model(workdir, config.to_dict())
-    elif config.checkpoint.init_from:
+    if config.checkpoint.init_from and (latest is None or config.lora.rules):
         checkpoint.check_init(config.checkpoint.init_from, shapes)
     return Run(
         workdir,
@@ -134,26 +138,37 @@ def prepare(config: Any) -> Run:
         model,
         optimizer,
         sharding.with_shardings(state, train.state_shardings(state, mesh)),
-        train_source,
-        eval_source,
+        parts,
+        eval_sets,
         latest,
     )
 
 
-def start(config: Any, run: Run, batches: Any) -> tuple[train.State, str]:
-    """(state, where it comes from): a checkpoint of the workdir, other weights, or chance."""
-    like = run.like
+def start(
+    config: Any, run: Run, batches: pipeline.Loader
+) -> tuple[train.State, str, bases.Base | None]:
+    """(state, where it comes from: a checkpoint, other weights, or chance; base of LoRA)."""
+    like, base = run.like, None
+    if config.lora.rules:
+        adapted, base = snapshot.load_base(config, like.params)
     if run.latest is not None:
         for change in checkpoint.changed_keys(run.workdir, config_lib.flat_keys(config)):
             say(f"note: changed since the last start: {change}")
-        rest = {"step": like.step, "moments": like.opt_state}
-        params, rest = checkpoint.restore(run.workdir, run.latest, like.params, rest, batches)
-        origin = f"checkpoint of step {run.latest}"
-        return train.State(rest["step"], params, rest["moments"]), origin
+        frozen = None
+        if base:
+            frozen = snapshot.frozen_of_base(
+                config, run.workdir, run.latest, adapted, run.optimizer
+            )
+        state, data = snapshot.restore(run.workdir, run.latest, like, run.optimizer, frozen)
+        batches.set_state(data)
+        return state, f"checkpoint of step {run.latest}", base
     layout = train.state_shardings(like, run.mesh)
     if config.checkpoint.init_from:
         origin = config.checkpoint.init_from
-        params = checkpoint.load_init(origin, like.params)
+        if base:
+            params = snapshot.with_adapters(config, adapted, like.params)
+        else:
+            params = checkpoint.load_init(origin, like.params)
     else:
         origin = "random weights"
         say(
@@ -162,8 +177,8 @@ def start(config: Any, run: Run, batches: Any) -> tuple[train.State, str]:
         )
         init = jax.jit(functools.partial(init_params, run.model), out_shardings=layout.params)
         params = init(jax.random.key(config.seed))
-    begin = functools.partial(train.init_state, tx=run.optimizer.tx)
-    return jax.jit(begin, out_shardings=layout)(params), origin
+    begin = functools.partial(train.init_state, optimizer=run.optimizer, ema=like.ema is not None)
+    return jax.jit(begin, out_shardings=layout)(params), origin, base
 
 
 def introduce(config: Any, run: Run, origin: str) -> None:
@@ -172,22 +187,24 @@ def introduce(config: Any, run: Run, origin: str) -> None:
     total = sum(elements for _, elements in groups.values())
     say(f"{run.workdir}: {config.model.variant} {config.model.version}")
     axes = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-    batch = f"{config.data.batch_size} videos of up to {config.data.max_objects} objects"
     precision = f"{config.train.precision}, recomputing: {config.train.remat}"
+    average = []
+    if config.train.ema_decay:
+        average = [("evaluation of", f"the moving average, decay {config.train.ema_decay:g}")]
     table(
         [
             ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind} ({axes})"),
             ("start", origin),
-            ("input", f"{config.model.resolution} px, {config.data.num_frames} frames"),
-            ("batch", batch),
+            ("input", f"{config.model.resolution} px"),
             ("precision", precision),
             ("parameters", f"{total:,}"),
             *(
                 (f"  {elements:,}", run.optimizer.about[label])
                 for label, (_, elements) in groups.items()
             ),
-            *((f"training {name}", value) for name, value in sources.describe(run.train_source)),
-            *((f"evaluation {name}", value) for name, value in sources.describe(run.eval_source)),
+            *pipeline.describe(run.parts, config.data.draw),
+            *validation.describe(run.eval_sets, config.eval.prompts),
+            *average,
         ]
     )
 
@@ -196,20 +213,18 @@ def main(config: Any) -> None:
     """One run, from whatever the workdir holds to `train.steps`."""
     connect()
     run = prepare(config)
-    loader = pipeline.make_train_loader(
-        config, run.train_source, jax.process_index(), jax.process_count()
+    batches = catalogue.make_train_loader(
+        config, run.parts, jax.process_index(), jax.process_count()
     )
-    batches = iter(loader)
     try:
         train_on(config, run, batches)
     finally:
-        if config.data.workers:
-            batches.close()  # worker processes and their shared memory
+        batches.close()
 
 
-def train_on(config: Any, run: Run, batches: Any) -> None:
+def train_on(config: Any, run: Run, batches: pipeline.Loader) -> None:
     """`main` with the loader's iterator open."""
-    state, origin = start(config, run, batches)
+    state, origin, base = start(config, run, batches)
     introduce(config, run, origin)
     if run.latest is not None and run.latest >= config.train.steps:
         say(f"nothing to do: step {run.latest} of {config.train.steps} is done")
@@ -221,17 +236,24 @@ def train_on(config: Any, run: Run, batches: Any) -> None:
         if jax.process_index() == 0:
             plots.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "loss.png")
 
-    def evaluation(params: Any, step: int) -> dict[str, float]:
-        source = run.eval_source
-        return evaluate.evaluate_config(config, run.model, params, source, run.workdir, step)
+    evaluate = None
+    if run.eval_sets:
+        validate = functools.partial(
+            validation.validate, config, run.model, run.eval_sets, run.workdir
+        )
+        merge = jax.jit(functools.partial(lora.merge, rules=config.lora.rules))
+
+        def evaluation(params: train.Params, step: int) -> dict[str, float]:
+            return validate(merge(params) if config.lora.rules else params, step)
+
+        evaluate = evaluation
 
     step_fn = train.make_config_step(config, run.model, run.optimizer, run.mesh)
     say("compiling the step, which takes minutes the first time ...")
     with checkpoint.make_manager(run.workdir, config.checkpoint.keep) as manager:
 
         def save(step: int, state: train.State) -> None:
-            rest = {"step": state.step, "moments": state.opt_state}
-            checkpoint.save(manager, step, state.params, rest, batches)
+            snapshot.save(manager, step, state, run.optimizer, batches.get_state(), base)
             draw()
 
         loop.run_loop(
@@ -243,7 +265,8 @@ def train_on(config: Any, run: Run, batches: Any) -> None:
             run.mesh,
             workdir=run.workdir,
             save=save,
-            evaluate=evaluation,
+            evaluate=evaluate,
+            source_of=batches.source_of if len(run.parts) > 1 else None,
         )
         manager.wait_until_finished()
     draw()

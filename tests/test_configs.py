@@ -8,12 +8,23 @@ import sys
 
 import pytest
 
-from configs import davis, default, smoke, synthetic
+from configs import (
+    cells,
+    ct,
+    davis,
+    default,
+    images,
+    mixture,
+    mose,
+    smoke,
+    synthetic,
+    ytvos,
+)
 from sam2_jax import config as config_lib
 from sam2_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = (default, smoke, synthetic, davis)
+MODULES = (default, smoke, synthetic, davis, mose, ytvos, images, cells, ct, mixture)
 SMOKE = str(ROOT / "configs/smoke.py")
 
 
@@ -21,7 +32,10 @@ SMOKE = str(ROOT / "configs/smoke.py")
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_all_configs_have_the_same_keys_and_pass_the_checks(module, variant):
     config = module.get_config(variant)
-    assert set(config_lib.flat_keys(config)) == set(config_lib.flat_keys(default.get_config()))
+    flat = {key for key in config_lib.flat_keys(config) if not key.startswith("data.mixture.")}
+    assert flat == set(config_lib.flat_keys(default.get_config()))
+    own = set(config_lib.flat_keys(default.source()))
+    assert all(set(config_lib.flat_keys(x)) == own for x in config.data.mixture.values())
     config_lib.check(config)
     assert config.model.variant == variant
     json.loads(config_lib.to_json(config))
@@ -33,7 +47,7 @@ def test_every_config_file_is_tested():
 
 
 def test_every_key_is_read():
-    """As `section.leaf`, as `name.leaf` after `name = ....section`, or by `**config.section`."""
+    """As `section.leaf`, as `name.leaf` after `name = ....section`, or by `**x.section`."""
     files = [*ROOT.glob("sam2_jax/**/*.py"), *ROOT.glob("scripts/*.py")]
     codes = [path.read_text() for path in files if path.name != "config.py"]
     for key in config_lib.flat_keys(default.get_config()):
@@ -42,7 +56,9 @@ def test_every_key_is_read():
         def reads(code: str, section: str = section, leaf: str = leaf) -> bool:
             names = [section, *re.findall(rf"(\w+) = (?:\w+\.)+{section}\b", code)]
             patterns = [rf"\b{name}\.{leaf}\b" for name in names]
-            return any(re.search(p, code) for p in [*patterns, rf"\*\*config\.{section}\b"])
+            if section == "data":  # the settings of every source, config.data and others
+                patterns += [rf"\b(source|entry|part)\.{leaf}\b"]
+            return any(re.search(p, code) for p in [*patterns, rf"\*\*\w+\.{section}\b"])
 
         assert any(map(reads, codes)), key
 
@@ -62,7 +78,10 @@ def test_every_key_is_read():
         ("prompts.max_cond_frames", 3, "prompts.max_corrected_frames=2"),
         ("optim.weight_decay", (0.1,), "(globs, value)"),
         ("optim.clip_norm", 0.0, "greater than 0"),
-        ("optim.learning_rate", ((("*",), 1e-3, -1e-3),), "at least 0"),
+        ("optim.learning_rate", ("cosine", 1e-3, -1e-3), "at least 0"),
+        ("optim.name", "adamm", "did you mean 'adamw'"),
+        ("optim.momentum", 0.9, "leave it at None"),
+        ("optim.multiplier", ((("*",), "2"),), "number of at least 0"),
         ("data.synthetic.speed", 0.0, "greater than 0"),
         ("data.synthetic.eval_frames", 2, "at least 3"),
         ("eval.max_frames", 2, "0 (all) or at least 3"),

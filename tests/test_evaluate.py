@@ -3,12 +3,11 @@
 import collections
 from typing import Any
 
-import jax
-import ml_collections
 import numpy as np
 import pytest
 
 from sam2_jax import evaluate
+from sam2_jax.data import transforms
 from sam2_jax.data.sources import Video
 from sam2_jax.predict import video
 from sam2_jax.types import UserError
@@ -32,18 +31,21 @@ class Squares:
     def video(self, index):
         return Video(f"clip{index}", self.num_frames, *SIZE)
 
-    def labels(self, index, frames):
-        out = np.zeros((len(frames), *SIZE), np.uint8)
-        for label, t in zip(out, frames, strict=True):
-            if t >= self.empty_start:
-                label[8 + 2 * t : 40 + 2 * t, 16:48] = 2
-                label[32:64, 64 + 2 * t : 96 + 2 * t] = 5
-        return out
+    def labels(self, frame):
+        label = np.zeros(SIZE, np.uint8)
+        if frame >= self.empty_start:
+            label[8 + 2 * frame : 40 + 2 * frame, 16:48] = 2
+            label[32:64, 64 + 2 * frame : 96 + 2 * frame] = 5
+        return label
 
-    def read(self, index, frames):
+    def objects(self, index, frame):
+        return tuple(int(k) for k in np.unique(self.labels(frame)) if k)
+
+    def read(self, index, frames, objects):
         self.longest_read = max(self.longest_read, len(frames))
-        labels = self.labels(index, frames)
-        return 255 * np.stack([labels == i for i in (2, 5, 255)], -1).astype(np.uint8), labels
+        labels = np.stack([self.labels(t) for t in frames])
+        masks = np.stack([labels == k for k in objects], 1)
+        return 255 * np.stack([labels == i for i in (2, 5, 255)], -1).astype(np.uint8), masks
 
 
 class FakeTracker:
@@ -54,7 +56,7 @@ class FakeTracker:
         self.calls, self.num_objects = collections.Counter(), set()
 
     def tracker(self):
-        return video.Tracker(self.first, self.first, self.next)
+        return video.Tracker(self.first, self.first, self.first, self.next)
 
     def _logits(self, t, first, image):
         truth = np.zeros_like(first)
@@ -92,7 +94,7 @@ def exact(ids=(2, 5), source=None):
 
     def predict(frames, masks, num_frames) -> Any:
         for t, _ in enumerate(frames):
-            truth = source.labels(0, [t])[0]
+            truth = source.labels(t)
             yield sum((np.uint8(k + 1) * (truth == i) for k, i in enumerate(ids)), np.uint8(0))
 
     return predict
@@ -153,7 +155,8 @@ def test_limits_and_bounded_reads():
     evaluate.evaluate(exact(), source, max_clips=2, max_frames=5, watch=views.append)
     assert [v.frame for v in views] == 2 * [0, 1, 2, 3, 4]
     assert {v.clip for v in views} == {"clip0", "clip1"}
-    assert all((v.predicted == v.true).all() and v.num_frames == 5 for v in views)
+    assert {v.ids for v in views} == {(2, 5)} and {v.num_frames for v in views} == {5}
+    assert all((v.predicted == k + 1)[v.true[k]].all() for v in views for k in range(2))
     evaluate.evaluate(exact(), source)
     assert source.longest_read <= evaluate.CHUNK
 
@@ -163,6 +166,21 @@ def test_starts_at_the_first_annotated_frame():
     results, tracker = run(lambda t, first, truth: truth, source, watch=views.append, max_clips=1)
     assert tracker.calls == {8: 1} and results.j > 0.9
     assert [(v.frame, v.place) for v in views] == [(t + 3, t) for t in range(8)]
+
+
+def test_overlapping_masks_are_scored_as_they_are():
+    class Twins(Squares):
+        def read(self, index, frames, objects):
+            images, masks = super().read(index, frames, objects)
+            return images, masks[:, [0, 0]]  # both objects are in the same place
+
+    results = evaluate.evaluate(static, Twins(), max_clips=1)
+    assert results.static.objects[0].j > 0.5 and results.static.objects[1].j == 0
+
+
+def test_more_objects_than_a_palette_has():
+    logits = np.where(np.arange(300)[:, None, None] == 299, 1.0, -1.0) * np.ones((300, 4, 4))
+    assert (evaluate.label_map(logits.astype(np.float32), (4, 4)) == 300).all()
 
 
 def test_nothing_to_score_is_an_error():
@@ -213,20 +231,55 @@ def test_padding_is_not_heard(monkeypatch):
     assert tracker.num_objects == {6} and padded == plain
 
 
-def test_evaluate_config(tmp_path, monkeypatch, capsys):
-    fake = FakeTracker(lambda t, first, truth: truth)
-    monkeypatch.setattr(evaluate, "_tracker", lambda model: fake.tracker())
-    config = ml_collections.ConfigDict(
-        {"model": {"resolution": RESOLUTION}, "eval": {"max_clips": 1, "max_frames": 6}}
-    )
-    mesh = jax.sharding.Mesh(jax.devices(), ("fsdp",))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
-    params = jax.device_put(np.arange(8.0), split)
-    row = evaluate.evaluate_config(config, "model", params, Squares(), tmp_path, 30)
-    assert sorted(row) == ["eval/F", "eval/J", "eval/J&F", "eval/static J", "eval/static J&F"]
-    assert row["eval/J&F"] > 0.93 > row["eval/static J&F"] and fake.calls == {6: 1}
-    # One device tracks, with parameters that are whole.
-    assert len(fake.params.devices()) == 1 and fake.params.tolist() == list(range(8))
-    assert (tmp_path / "overlay.png").stat().st_size > 1000
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out.startswith("step 30: J&F 0.") and "static" in out
+def test_prompts_are_given_as_named():
+    given = {}
+
+    def note(kind):
+        def first(params, image, masks, *rest, **options) -> Any:
+            given[kind] = (masks, *rest, options)
+            return tracker.first(params, image, squares, rest[-1])
+
+        return first
+
+    source = Squares(clips=1, num_frames=4)
+    squares = transforms.resize_masks(source.read(0, [0], (2, 5))[1][0], RESOLUTION)
+    tracker = FakeTracker(lambda t, first, truth: truth)
+    kinds = video.Tracker(note("mask"), note("box"), note("click"), tracker.next)
+    for prompt in ("mask", "box", "click3"):
+        predict = evaluate.tracker_predictor(kinds, None, RESOLUTION, prompt)
+        assert evaluate.evaluate(predict, source).jf > 0.9
+    np.testing.assert_array_equal(given["mask"][0], squares)
+    np.testing.assert_array_equal(given["click"][0], squares)
+    assert given["click"][2] == {"clicks": 3}
+    points, labels = given["box"][:2]
+    y, x = np.nonzero(squares[1])
+    assert points[1].tolist() == [[x.min(), y.min()], [x.max(), y.max()]]
+    assert labels.tolist() == [[2, 3], [2, 3]]
+
+
+def test_an_absent_object_has_no_box():
+    points, labels = evaluate.boxes(np.zeros((1, 8, 8), bool))
+    assert labels.tolist() == [[-1, -1]] and np.isfinite(points).all()
+
+
+@pytest.mark.parametrize("prompt", ["click", "click0", "boxes", "masks3"])
+def test_unknown_prompts_are_named(prompt):
+    with pytest.raises(UserError, match=f"eval.prompts: '{prompt}'"):
+        evaluate.parse_prompt(prompt)
+
+
+def test_several_predictors_share_the_clips_and_keep_their_order():
+    tracked = []
+
+    def predictor(number):
+        def predict(frames, masks, num_frames) -> Any:
+            tracked.append(number)
+            yield from static(frames, masks, num_frames)
+
+        return predict
+
+    source = Squares(clips=8, num_frames=4)
+    found = evaluate.score_clips([predictor(0), predictor(1)], source, range(8))
+    assert [row.clip for row in found] == [f"clip{i}" for i in range(8) for _ in range(2)]
+    assert found == list(evaluate.evaluate(static, source).objects)
+    assert sorted(set(tracked)) == [0, 1]

@@ -85,7 +85,7 @@ def static_tracker(model) -> video.Tracker:
     def following(params, masks, image) -> Any:
         return masks, low(masks)
 
-    return video.Tracker(first, first, following)
+    return video.Tracker(first, first, first, following)
 
 
 def read(path: pathlib.Path) -> np.ndarray:
@@ -175,9 +175,9 @@ def test_load_takes_files_of_weights(script, workdir, tmp_path):
 
 def test_frames_before_the_first_annotation_are_background(script, davis, tmp_path):
     write = script.Writer(open_folder(str(davis), EVAL, key="--data_root"), tmp_path)
-    labels = np.full(SIZE, 3, np.uint8)
+    labels, mask = np.full(SIZE, 1, np.uint8), np.ones((1, *SIZE), bool)
     image = np.zeros((*SIZE, 3), np.uint8)
-    write(plots.View("one", 0, 2, 0, 4, image, labels, labels))
+    write(plots.View("one", 0, 2, 0, 4, image, (3,), labels, mask))
     assert [read(tmp_path / f"one/{t:05d}.png").max() for t in range(3)] == [0, 0, 3]
 
 

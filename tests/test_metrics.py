@@ -83,12 +83,16 @@ def labels(*present: int) -> np.ndarray:
     return out
 
 
+def masks(count: int, *present: int) -> np.ndarray:
+    """The same squares as one mask per object."""
+    return np.stack([labels(*present) == k + 1 for k in range(count)])
+
+
 def test_clip_means_count_an_object_from_its_first_appearance():
     truth = [(), (1,), (1,), ()]
     predicted = [(), (), (1,), ()]
     frames = [
-        metrics.score_frame(labels(*p), labels(*t), (1, 2))
-        for p, t in zip(predicted, truth, strict=True)
+        metrics.score_frame(labels(*p), masks(2, *t)) for p, t in zip(predicted, truth, strict=True)
     ]
     j, f = metrics.clip_means(frames)
     # Object 1: frame 0 does not count, 1 is missed, 2 is right, 3 is rightly empty. 2 never shows.
@@ -97,9 +101,7 @@ def test_clip_means_count_an_object_from_its_first_appearance():
 
 
 def test_clip_means_a_false_alarm_counts():
-    frames = [
-        metrics.score_frame(labels(*p), labels(*t), (1,)) for p, t in [((1,), ()), ((1,), (1,))]
-    ]
+    frames = [metrics.score_frame(labels(*p), masks(1, *t)) for p, t in [((1,), ()), ((1,), (1,))]]
     assert metrics.clip_means(frames)[0][0] == 0.5
 
 

@@ -13,13 +13,13 @@ from sam2_jax import plots
 
 
 def view(size=(60, 100), place=0, predicted=True, clip="clip", num_frames=9):
-    true = np.zeros(size, np.uint8)
-    true[10:40, 10:40] = 1
+    true = np.zeros((1, *size), bool)
+    true[0, 10:40, 10:40] = True
     guess = np.zeros(size, np.uint8)
     if predicted:
         guess[10:40, 50:80] = 1
     image = np.full((*size, 3), 90, np.uint8)
-    return plots.View(clip, 0, place, place, num_frames, image, guess, true)
+    return plots.View(clip, 0, place, place, num_frames, image, (1,), guess, true)
 
 
 def near(image, colour, tolerance=40):
@@ -48,10 +48,10 @@ def test_tile_shows_prediction_and_truth_where_they_are():
 
 
 def test_sheet_keeps_evenly_spaced_frames_of_the_first_clips():
-    sheet = plots.Sheet(rows=2, columns=3)
-    for clip in "abc":
+    sheet = plots.Sheet(range(2), columns=3)
+    for number in (2, 1, 0):  # as they come from several devices
         for t in range(9):
-            sheet.watch(view(place=t, clip=clip))
+            sheet.watch(view(place=t, clip="abc"[number])._replace(clip_index=number))
     assert list(sheet.rows) == ["a", "b"]
     assert [v.place for v in sheet.rows["a"]] == [0, 4, 8]
     short = plots.Sheet(columns=5)

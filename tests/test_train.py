@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from typing import Any
 
 import grain
 import jax
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
-from sam2_jax import checkpoint, loop, optim, records, rules, sharding, train
+from sam2_jax import checkpoint, loop, optim, records, rules, sharding, snapshot, train
+from sam2_jax.data import pipeline
 from sam2_jax.types import Array, Batch, PromptPlan, UserError
 
 BATCH = 4
 PIXELS = 32
+ALONE = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
 # float32 sums in another order: over the shards of a mesh, not over one device
 RELATIVE = 1e-4
 
@@ -24,15 +27,15 @@ class Stop(Exception):
     """Stands for a run that is killed."""
 
 
-def loss_fn(params, batch, plan, key) -> tuple[Array, train.Metrics]:
-    """Reads everything that a step passes on: parameters, images, plan and randomness."""
-    pixels = jnp.asarray(batch.images, jnp.float32).mean((1, 4)).reshape(BATCH, -1) / 255
-    noise = jax.random.normal(key, (PIXELS**2,))
-    hidden = jnp.tanh((pixels + 0.1 * noise) @ params["image_encoder"]["kernel"])
+def loss_fn(params, batch, plan, key, objects, spread=0.1) -> tuple[Array, train.Metrics]:
+    """Reads everything that a step passes on: parameters, images, plan, randomness, objects."""
+    pixels = jnp.asarray(batch.images, jnp.float32).mean((1, 4)).reshape(len(batch.images), -1)
+    pixels, noise = pixels / 255, spread * jax.random.normal(key, (PIXELS**2,))
+    hidden = jnp.tanh((pixels + noise) @ params["image_encoder"]["kernel"])
     out = hidden @ params["memory_attention"]["kernel"] + params["no_mem_embed"]
     truth = jnp.asarray(batch.masks, jnp.float32).mean((1, 3, 4))
     scale = jnp.where(plan.use_points, 1.0, 2.0)
-    loss = scale * jnp.mean((out - truth) ** 2).astype(jnp.float32)
+    loss = scale * (batch.valid * (out - truth) ** 2).sum().astype(jnp.float32) / objects
     return loss, {"loss_mask": loss / 2}
 
 
@@ -59,7 +62,7 @@ def example(i: int) -> Batch:
 
 def make_data():
     data = grain.MapDataset.range(1000).seed(0).shuffle().repeat().map(example)
-    return iter(data.to_iter_dataset(grain.ReadOptions(1, 2)))
+    return pipeline.Loader(data, 0, lambda position: "train", {"train": 1000})
 
 
 def init_params(key):
@@ -81,7 +84,7 @@ def init_params(key):
 
 
 SETTINGS = optim.OptimSettings(
-    learning_rate=((("*",), 1e-2, 1e-3),),
+    learning_rate=("cosine", 1e-2, 1e-3),
     weight_decay=((("*",), 0.1),),
     frozen=("gaussian",),
     layer_decay=1.0,
@@ -96,39 +99,44 @@ SETTINGS = optim.OptimSettings(
 )
 
 
-def setup(mesh, precision="float32"):
+def make_optimizer(frozen=("gaussian",), params=None):
+    settings = SETTINGS._replace(frozen=frozen)
+    return optim.make_optimizer(settings, params or init_params(jax.random.key(0)), "2.1")
+
+
+def setup(mesh, precision="float32", ema_decay=0.0):
     """(state, jitted step, shapes with shardings)."""
     params = init_params(jax.random.key(0))
-    optimizer = optim.make_optimizer(SETTINGS, params, "2.1")
-    init = functools.partial(train.init_state, tx=optimizer.tx)
+    optimizer = make_optimizer()
+    init = functools.partial(train.init_state, optimizer=optimizer, ema=ema_decay > 0)
     shapes = jax.eval_shape(init, params)
     layout = train.state_shardings(shapes, mesh)
     step = train.make_train_step(
         optimizer,
         loss_fn=loss_fn,
         sample_plan=sample_plan,
+        mesh=mesh,
         precision=precision,
-        gather=train.make_gather(mesh),
+        ema_decay=ema_decay,
     )
     state = jax.jit(init, out_shardings=layout)(params)
     return state, train.jit_step(step, shapes, mesh), sharding.with_shardings(shapes, layout)
 
 
-def fit(workdir: pathlib.Path, mesh, steps=10, stop_at=0, nan_at=0):
+def fit(workdir: pathlib.Path, mesh, steps=10, stop_at=0, nan_at=0, ema_decay=0.0):
     """A run as scripts/train.py does it, killed at the start of the evaluation of `stop_at`."""
-    state, step, like = setup(mesh)
+    state, step, like = setup(mesh, ema_decay=ema_decay)
+    optimizer = make_optimizer()
     data = make_data()
     latest = checkpoint.latest_step(workdir)
     if latest is not None:
-        rest = {"step": like.step, "moments": like.opt_state}
-        params, rest = checkpoint.restore(workdir, latest, like.params, rest, data)
-        state = train.State(rest["step"], params, rest["moments"])
+        state, position = snapshot.restore(workdir, latest, like, optimizer)
+        data.set_state(position)
 
     manager = checkpoint.make_manager(workdir, keep=2)
 
     def save(n, now):
-        rest = {"step": now.step, "moments": now.opt_state}
-        checkpoint.save(manager, n, now.params, rest, data)
+        snapshot.save(manager, n, now, optimizer, data.get_state())
 
     def evaluate(params, n):
         if n == stop_at:
@@ -166,13 +174,14 @@ def rows(workdir):
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
     mesh = sharding.make_mesh(2, 2, 1)
-    whole = fit(tmp_path / "whole", mesh)
+    whole = fit(tmp_path / "whole", mesh, ema_decay=0.9)
     with pytest.raises(Stop):
-        fit(tmp_path / "torn", mesh, stop_at=6)
+        fit(tmp_path / "torn", mesh, stop_at=6, ema_decay=0.9)
     assert [r["step"] for r in rows(tmp_path / "torn")][-1] == 6  # later than checkpoint 4
     with (tmp_path / "torn/metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    resumed = fit(tmp_path / "torn", mesh)
+    resumed = fit(tmp_path / "torn", mesh, ema_decay=0.9)
+    assert resumed.ema is not None
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     assert rows(tmp_path / "torn") == rows(tmp_path / "whole")
 
@@ -228,18 +237,18 @@ def test_parameters_are_gathered_once_and_gradients_scattered():
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     seen = {}
 
-    def spy(params, batch, plan, key) -> tuple[Array, train.Metrics]:
+    def spy(params, batch, plan, key, objects) -> tuple[Array, train.Metrics]:
         leaves = jax.tree.leaves(params)
         seen.update({k: v.dtype for k, v in zip(rules.paths_of(params), leaves, strict=True)})
-        return loss_fn(params, batch, plan, key)
+        return loss_fn(params, batch, plan, key, objects)
 
     params = init_params(jax.random.key(0))
     optimizer = optim.make_optimizer(SETTINGS, params, "2.1")
     step = train.make_train_step(
-        optimizer, loss_fn=spy, sample_plan=sample_plan, precision="bfloat16"
+        optimizer, loss_fn=spy, sample_plan=sample_plan, mesh=ALONE, precision="bfloat16"
     )
     state, metrics = jax.jit(step)(
-        train.init_state(params, optimizer.tx), example(0), jax.random.key(0)
+        train.init_state(params, optimizer), example(0), jax.random.key(0)
     )
     for path, dtype in seen.items():
         assert dtype == (jnp.bfloat16 if path.endswith("kernel") else jnp.float32), path
@@ -277,3 +286,77 @@ def test_cut_after_keeps_whole_rows_up_to_a_step(tmp_path):
     records.cut_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "eval/J": 0.5}\n'
     assert records.plain(float("inf")) is None
+
+
+def run_step(
+    frozen=("gaussian",), ema=None, spread=0.0, state=None, **how
+) -> tuple[train.State, train.State, Any]:
+    """(state before, state after, metrics) of one step on one device."""
+    optimizer = make_optimizer(frozen)
+    loss = functools.partial(loss_fn, spread=spread)
+    mesh = how.pop("mesh", ALONE)
+    decay = {"ema_decay": ema} if ema else {}
+    step = train.make_train_step(
+        optimizer, loss_fn=loss, sample_plan=sample_plan, mesh=mesh, **decay, **how
+    )
+    if state is None:
+        state = train.init_state(init_params(jax.random.key(0)), optimizer, ema is not None)
+    uneven = example(0)._replace(valid=np.array([[1, 1], [1, 0], [0, 0], [1, 1]], bool))
+    return state, *jax.jit(step)(state, sharding.put_batch(uneven, mesh), jax.random.key(1))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_add_up_to_the_whole(parts):
+    # Adam's moments, not parameters: it divides rounding by rounding where a gradient is near 0
+    _, whole, metrics = run_step()
+    _, summed, others = run_step(accumulate=parts)
+    for a, b in ((whole.opt_state, summed.opt_state), (metrics, others)):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-9), a, b)
+    sharded = run_step(accumulate=2, mesh=sharding.make_mesh(1, 2, 1, jax.devices()[:2]))[2]
+    np.testing.assert_allclose(sharded["grad_norm"], metrics["grad_norm"], rtol=1e-5)
+
+
+def test_parts_draw_on_their_own():
+    losses = {run_step(spread=0.5, accumulate=parts)[2]["loss"].item() for parts in (1, 2, 4)}
+    assert len(losses) == 3
+
+
+def test_frozen_parameters_are_constants():
+    before, after, metrics = run_step(("gaussian", "image_encoder/*"))
+    kernel = before.params["image_encoder"]["kernel"]
+    np.testing.assert_array_equal(after.params["image_encoder"]["kernel"], kernel)
+    assert not any(x.shape == kernel.shape for x in jax.tree.leaves(after.opt_state))
+    _, other, all_metrics = run_step()
+    for path in ("memory_attention", "no_mem_embed"):
+        assert not np.array_equal(jax.tree.leaves(after.params[path])[0], 0)
+    np.testing.assert_array_equal(metrics["loss"], all_metrics["loss"])
+    assert metrics["grad_norm"] < all_metrics["grad_norm"]
+    assert np.any(other.params["image_encoder"]["kernel"] != kernel)
+
+
+def test_the_average_follows_the_parameters():
+    before, first, _ = run_step(ema=0.75)
+    _, second, _ = run_step(ema=0.75, state=first)
+    path = ("memory_attention", "kernel")
+    p0, p1, p2 = (s.params[path[0]][path[1]] for s in (before, first, second))
+    assert first.ema is not None and second.ema is not None
+    want = 0.75 * (0.75 * p0 + 0.25 * p1) + 0.25 * p2
+    np.testing.assert_allclose(second.ema[path[0]][path[1]], want, rtol=1e-5, atol=1e-8)
+    assert "gaussian" not in second.ema
+    best = train.best_params(second)
+    np.testing.assert_array_equal(best[path[0]][path[1]], second.ema[path[0]][path[1]])
+    np.testing.assert_array_equal(best["gaussian"], second.params["gaussian"])
+
+
+def test_an_average_that_a_checkpoint_lacks_begins_as_a_copy(tmp_path):
+    state, _, like = setup(ALONE)
+    optimizer = make_optimizer()
+    with checkpoint.make_manager(tmp_path, keep=1) as manager:
+        snapshot.save(manager, 3, state._replace(step=jnp.int32(3)), optimizer, {})
+    restored, _ = snapshot.restore(tmp_path, 3, like, optimizer)
+    assert restored.step == 3 and restored.ema is None
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state.opt_state)
+    average = train.split_params(like.params, optimizer)[0]
+    restored, _ = snapshot.restore(tmp_path, 3, like._replace(ema=average), optimizer)
+    copy = train.begin_ema(state.params, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, restored.ema, copy)

@@ -8,8 +8,8 @@ import numpy as np
 
 from configs import smoke
 from sam2_jax import config as config_lib
-from sam2_jax import optim, rules, sharding, train
-from sam2_jax.data import pipeline
+from sam2_jax import rules, sharding, train
+from sam2_jax.data import catalogue
 from sam2_jax.model.sam2 import init_params, make_sam2
 
 # A mask as prompt reads neither embedding; the frequencies are a buffer.
@@ -25,14 +25,14 @@ def test_step_of_a_config_moves_what_it_should():
     c = config_lib.finish(c)
     model = make_sam2("nano", 32, "2.0", 0.1, 0.1, 0.1)
     before = init_params(model, jax.random.key(0))
-    optimizer = optim.make_optimizer(train.make_optim_settings(c), before, "2.0")
+    optimizer, _ = train.make_config_optimizer(c, before)
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    state = train.init_state(before, optimizer.tx)
-    shapes = jax.eval_shape(functools.partial(train.init_state, tx=optimizer.tx), before)
+    state = train.init_state(before, optimizer)
+    shapes = jax.eval_shape(functools.partial(train.init_state, optimizer=optimizer), before)
     state = jax.device_put(state, train.state_shardings(shapes, mesh))
     step = train.jit_step(train.make_config_step(c, model, optimizer, mesh), shapes, mesh)
-    source = pipeline.make_train_source(c)
-    batch = sharding.put_batch(next(iter(pipeline.make_train_loader(c, source))), mesh)
+    batch = next(catalogue.make_train_loader(c, catalogue.make_parts(c)))
+    batch = sharding.put_batch(batch, mesh)
 
     def run(seed):
         copy = jax.tree.map(jnp.copy, state)  # the step takes its input's memory

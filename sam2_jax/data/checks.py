@@ -1,128 +1,153 @@
-"""Is an image file whole, and of which size and kind? Read off its first and last bytes.
+"""Are the files of a clip whole, of one size and of the right kind? Read off their ends.
 
 Every listed file is looked at before training starts, so that a broken one is named at once and
 not after hours; decoding them all would take a hundred times as long. Only a file with something
 else at its end is decoded: pictures of many phones go on after the end marker.
 """
 
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
 from sam2_jax.data.decode import decode_frame
+from sam2_jax.data.files import AnyPath, Files
+from sam2_jax.data.headers import (
+    JPEG,
+    PNG,
+    Header,
+    Unfit,
+    frame_fault,
+    mask_fault,
+    parse_header,
+    too_large,
+)
+from sam2_jax.data.sources import THREADS, Faults, Video
 from sam2_jax.types import UserError
 
-THREADS = 16  # waits for disks and network file systems, not for the processor
 SHOW_PROGRESS = 2000  # files, a second or two
-PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
-PNG_KINDS = {0: "grey", 2: "RGB", 3: "indexed", 4: "grey with alpha", 6: "RGBA"}
+GROUP = 4096  # files in flight, so that memory does not grow with the data
+HEAD, TAIL = 4096, 256  # bytes
+ENDS = {JPEG: b"\xff\xd9", PNG: b"IEND\xaeB`\x82"}
 MEND = "copy or extract it again"
 
 
-class Header(NamedTuple):
-    """What a file says of itself. `kind`: JPEG, or the colour type of a PNG."""
+def read_header(path: AnyPath) -> Header:
+    """Size and kind of a picture.
 
-    width: int
-    height: int
-    kind: str
-    bits: int  # per sample
-
-
-def _jpeg_header(head: bytes) -> Header | None:
-    """Walk the segments up to the one that starts a frame (SOF); None if it is not in `head`."""
-    at = 2
-    while at + 9 < len(head):
-        if head[at] != 0xFF:
-            return None
-        marker = head[at + 1]
-        if marker == 0xFF:  # padding
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            bits, height, width = struct.unpack(">BHH", head[at + 4 : at + 9])
-            return Header(width, height, "JPEG", bits)
-        else:
-            at += 2 + struct.unpack(">H", head[at + 2 : at + 4])[0]
-    return None
+    Raises:
+        UserError: it cannot be read, is no picture, is cut short or too large.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+            length = file.seek(0, 2)
+            if not head:
+                raise UserError(f"{path} is empty (0 bytes), expected a picture: {MEND}")
+            start = next((magic for magic in ENDS if head.startswith(magic)), None)
+            header = parse_header(head) if start else None
+            if header is None:  # EXIF data and colour profiles may come before the size
+                file.seek(0)
+                header = parse_header(file.read())
+            if header and too_large(header):
+                return header  # whole or not
+            if start:
+                file.seek(max(0, length - TAIL))
+                whole = file.read().rstrip(b"\0\r\n ").endswith(ENDS[start])
+                if header and not whole:
+                    file.seek(0)
+                    whole = _is_whole(file.read(), ENDS[start])
+                if not (header and whole):
+                    header = None
+    except Unfit as error:
+        raise UserError(f"{path} {error}") from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): give read permission, or {MEND}"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as a picture ({error}): {MEND}") from error
+    if header is None:
+        raise UserError(f"{path} is cut short at {length:,} bytes, its end is missing: {MEND}")
+    return header
 
 
 def _is_whole(data: bytes, end: bytes) -> bool:
     """Can the picture be decoded up to its end marker, whatever comes after that?"""
     try:
         decode_frame(data)
-    except (OSError, SyntaxError, ValueError):
+    except Unfit:
+        pass  # a mask, or a fault that is told apart from this
+    except (OSError, ValueError):
         return False
     return end in data  # Pillow decodes a PNG that lacks its last bytes
 
 
-def read_header(path: Path) -> Header:
-    """Size and kind of a JPEG or PNG file.
-
-    Raises:
-        UserError: it is missing, neither of the two, or cut short.
-    """
+def _look(path: AnyPath) -> Header | UserError:
     try:
-        with path.open("rb") as file:
-            head = file.read(4096)
-            file.seek(0, 2)
-            length = file.tell()
-            file.seek(max(0, length - 256))
-            tail = file.read().rstrip(b"\0\r\n ")
-            if head.startswith(JPEG_START):
-                file.seek(0)  # long EXIF data or a colour profile come before the size
-                header, end = _jpeg_header(head) or _jpeg_header(file.read()), JPEG_END
-            elif head.startswith(PNG_START):
-                header, end = None, PNG_END
-                if len(head) >= 26:
-                    width, height, bits, colour = struct.unpack(">IIBB", head[16:26])
-                    header = Header(width, height, PNG_KINDS.get(colour, "unknown"), bits)
-            elif not head:
-                raise UserError(f"{path} is empty (0 bytes), expected an image: {MEND}")
-            else:
-                raise UserError(f"{path} is neither JPEG nor PNG: {MEND}, or remove its clip")
-            whole = tail.endswith(end)
-            if header and not whole:
-                file.seek(0)
-                whole = _is_whole(file.read(), end)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): {MEND}") from error
-    if header is None or not whole:
-        raise UserError(f"{path} is cut short at {length:,} bytes, its end is missing: {MEND}")
-    return header
+        return read_header(path)
+    except UserError as error:
+        return error
 
 
-def read_headers(paths: Sequence[Path]) -> list[Header]:
-    """Headers of many files, in order; a progress bar on stderr if they are very many.
+def check_files(clips: Sequence[Files], faults: Faults) -> list[tuple[Files, Video]]:
+    """Look at every file of some clips; a progress bar on stderr if they are very many.
+
+    Returns:
+        The clips without a fault, each with the size of its frames. `faults` got an error for
+        each of the others.
 
     Raises:
-        UserError: of the first file, in order, that is broken.
+        UserError: of the first file, in order, that is broken, unless broken clips are left out.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        headers: Iterable[Header] = pool.map(read_header, paths)
-        if len(paths) > SHOW_PROGRESS:
-            headers = tqdm(headers, "checking files", len(paths), leave=False, unit="file")
-        try:
-            return list(headers)
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
+    total, kept = sum(len(clip.frames) + len(clip.masks) for clip in clips), []
+    hide = total <= SHOW_PROGRESS
+    pool = ThreadPoolExecutor(THREADS)
+    with pool, tqdm(None, "checking files", total, False, unit="file", disable=hide) as bar:
+        for group in _groups(clips):
+            paths = [path for clip in group for path in clip.paths()]
+            headers = pool.map(_look, paths)
+            try:
+                for clip in group:
+                    found = [next(headers) for _ in clip.paths()]
+                    bar.update(len(found))
+                    try:
+                        kept.append((clip, _video(clip, found)))
+                    except UserError as error:
+                        faults.add(error)
+            except UserError:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return kept
 
 
-def check_mask(path: Path, header: Header) -> None:
-    """Raise a UserError unless a mask image can hold label indices."""
-    if header.kind == "indexed":
-        return
-    if header.kind == "grey" and header.bits <= 8:
-        found = "a grey image, in which white would be object 255"
-        mend = (
-            "for one object save it with Pillow: mask = Image.fromarray((array > 127)"
-            ".astype('uint8')); mask.putpalette([0, 0, 0, 255, 255, 255]); mask.save(path)"
-        )
-    else:
-        found = f"{header.kind} with {header.bits} bits"
-        mend = "save label indices as a palette image (Pillow mode P)"
-    raise UserError(f"{path} is {found}, expected an indexed PNG with one index per object: {mend}")
+def _groups(clips: Sequence[Files]) -> Iterator[list[Files]]:
+    group, files = [], 0
+    for clip in clips:
+        group.append(clip)
+        files += len(clip.frames) + len(clip.masks)
+        if files >= GROUP:
+            yield group
+            group, files = [], 0
+    if group:
+        yield group
+
+
+def _video(clip: Files, headers: Sequence[Header | UserError]) -> Video:
+    """Name, length and size of a clip whose files all pass."""
+    first = headers[0]
+    for place, (path, header) in enumerate(zip(clip.paths(), headers, strict=True)):
+        if isinstance(header, UserError):
+            raise header
+        assert isinstance(first, Header)
+        fault = frame_fault(header) if place < len(clip.frames) else mask_fault(header)
+        if fault:
+            raise UserError(f"{path} {fault}")
+        if (header.width, header.height) != (first.width, first.height):
+            raise UserError(
+                f"{path} is {header.width} x {header.height}, but {clip.paths()[0]} is "
+                f"{first.width} x {first.height}: expected one size for all frames and masks of a "
+                "clip; resize or export it again (masks with nearest neighbour)"
+            )
+    assert isinstance(first, Header)
+    return Video(clip.name, len(clip.frames), first.height, first.width)

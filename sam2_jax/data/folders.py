@@ -3,126 +3,188 @@
     DAVIS   JPEGImages/480p/CLIP/*.jpg   Annotations/480p/CLIP/*.png   ImageSets/2017/train.txt
     flat    JPEGImages/CLIP/*.jpg        Annotations/CLIP/*.png
 
-Frames are JPEG or PNG, masks indexed PNG (0 background, k object k), one mask for each frame, of
-the same name. All listed files are checked when a source is opened.
+Frames are JPEG or PNG, masks PNG of the same names: indexed or grey with 16 bits (0 background,
+k object k), or black and white for one object, as in DAVIS 2016. All files that are used are
+checked when a source is opened.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool
 
-from sam2_jax.data.checks import check_mask, read_headers
-from sam2_jax.data.decode import decode_frame, decode_labels
-from sam2_jax.data.sources import Video
+from sam2_jax.data.checks import check_files
+from sam2_jax.data.davis import clip_folders, listed_clips
+from sam2_jax.data.decode import decode_labels, masks_of, visible_ids
+from sam2_jax.data.file_source import FileSource, decode_file
+from sam2_jax.data.files import (
+    Files,
+    collect,
+    entries_of,
+    open_root,
+    pair_files,
+    stem,
+    subfolders,
+)
+from sam2_jax.data.lists import choose
+from sam2_jax.data.sources import THREADS, Faults, Video
 from sam2_jax.types import UserError
 
-RESOLUTIONS = ("480p", "Full-Resolution")  # of DAVIS, the first that is there
 HELD_OUT = 0.1  # share of a flat folder's clips that evaluates when config.data.eval_root is empty
 TRAIN, EVAL = "train", "val"
+ROOT, EVAL_ROOT = "config.data.root", "config.data.eval_root"
 WANTED = (
     "expected JPEGImages/ and Annotations/ (DAVIS with its ImageSets/, or one folder per clip as "
     "MOSE and YouTube-VOS have)"
 )
 
 
-class Files(NamedTuple):
-    """One clip on disk: frames and masks of equal number, in order of time."""
+class FolderSource(FileSource):
+    """Clips of one folder, opened and checked by `open_folder`. As many masks as frames."""
 
-    video: Video
-    frames: list[Path]
-    masks: list[Path]
-
-
-class FolderSource:
-    """Clips of one folder, opened and checked by `open_folder`."""
-
-    def __init__(self, name: str, clips: list[Files], notes: list[str]) -> None:
-        """`clips` have passed the checks."""
-        self.name = name
-        self.notes = notes
-        self._clips = clips
-
-    def __len__(self) -> int:
-        """Number of clips."""
-        return len(self._clips)
-
-    def video(self, index: int) -> Video:
-        """Name, length and size of a clip."""
-        return self._clips[index].video
+    def __init__(
+        self,
+        name: str,
+        clips: Sequence[tuple[Files, Video]],
+        notes: list[str],
+        only: Sequence[int] = (),
+    ) -> None:
+        """`only`: for each clip the id of the only object that it shows, if there is one."""
+        super().__init__(name, clips, notes)
+        self._only = list(only)
 
     def stem(self, index: int, frame: int) -> str:
-        """Name of a frame and of its mask, without the suffix."""
-        return self._clips[index].masks[frame].stem
+        """Name of a frame's mask, without the suffix."""
+        return stem(self._clips[index][0].masks[frame])
 
-    def read(
-        self, index: int, frames: Sequence[int]
-    ) -> tuple[UInt8[np.ndarray, "t h w 3"], UInt8[np.ndarray, "t h w"]]:
-        """Decode the frames asked for: RGB and label maps."""
-        files = self._clips[index].frames
-        return np.stack([_decode(decode_frame, files[t]) for t in frames]), self.labels(
-            index, frames
-        )
+    def objects(self, index: int, frame: int) -> tuple[int, ...]:
+        """Ids of the objects visible on a frame, ascending."""
+        ids = visible_ids(self._labels(index, frame))
+        return tuple(set(ids) & {self._only[index]}) if self._only else ids
 
-    def labels(self, index: int, frames: Sequence[int]) -> UInt8[np.ndarray, "t h w"]:
-        """Decode label maps alone."""
-        files = self._clips[index].masks
-        return np.stack([_decode(decode_labels, files[t]) for t in frames])
+    def _masks(self, index: int, frame: int, objects: Sequence[int]) -> Bool[np.ndarray, "o h w"]:
+        return masks_of(self._labels(index, frame), objects)
 
-    def select(self, indices: Sequence[int], note: str) -> "FolderSource":
-        """Some of the clips, as a source of their own."""
-        return FolderSource(self.name, [self._clips[i] for i in indices], [*self.notes, note])
+    def _labels(self, index: int, frame: int) -> np.ndarray:
+        files, video = self._clips[index]
+        return decode_file(files.mask_dir / files.masks[frame], decode_labels, video)
+
+    def one_object_each(self, faults: Faults) -> "FolderSource":
+        """Every object of every clip as a clip of its own, CLIP/ID.
+
+        All masks are decoded to find the ids: a second per thousand on one core.
+        """
+
+        def ids(index: int) -> set[int] | UserError:
+            try:
+                count = self.video(index).num_frames
+                return {label for t in range(count) for label in self.objects(index, t)}
+            except UserError as error:
+                return error
+
+        clips, only = [], []
+        with ThreadPoolExecutor(THREADS) as pool:
+            for (files, video), found in zip(
+                self._clips, pool.map(ids, range(len(self))), strict=True
+            ):
+                if isinstance(found, UserError):
+                    faults.add(found)
+                    continue
+                for label in sorted(found):
+                    clips.append((files, video._replace(name=f"{video.name}/{label}")))
+                    only.append(label)
+        return FolderSource(self.name, clips, self.notes, only)
 
 
-def _decode(decoder, path: Path) -> np.ndarray:
-    try:
-        return decoder(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be decoded ({error}): copy or extract it again, or remove its clip"
-        ) from error
-
-
-def train_folder(root: str, num_frames: int, holdout: bool) -> FolderSource:
+def train_folder(
+    root: str,
+    holdout: bool,
+    *,
+    key: str = ROOT,
+    include: str = "",
+    exclude: str = "",
+    resolution: str = "",
+    sample_rate: int = 1,
+    annotated_every: int = 1,
+    single_object: bool = False,
+    faults: Faults | None = None,
+) -> FolderSource:
     """Training clips: DAVIS's train list, or a flat folder less the clips held out.
 
-    Raises:
-        UserError: see `open_folder`.
+    Arguments and errors are those of `open_folder`; the clips held out are the last of those that
+    `include` and `exclude` leave.
     """
-    names, listed = _clip_names(root, TRAIN, "config.data.root")
-    if listed or not holdout:
-        return open_folder(root, TRAIN, num_frames)
-    kept, held = _split(root, names)
-    note = f"the last {len(held)} of {len(names)} clips by name are held out for evaluation"
-    source = open_folder(root, TRAIN, num_frames, names=kept)
-    return source.select(range(len(source)), note)
+    names, is_listed = _clip_names(root, TRAIN, key, include, exclude, resolution)
+    notes = []
+    if holdout and not is_listed:
+        names, held = _split(root, names, key)
+        total = len(names) + len(held)
+        notes.append(f"the last {len(held)} of {total} clips by name are held out for evaluation")
+    source = open_folder(
+        root,
+        TRAIN,
+        key=key,
+        names=names,
+        resolution=resolution,
+        sample_rate=sample_rate,
+        annotated_every=annotated_every,
+        single_object=single_object,
+        faults=faults,
+    )
+    source.notes[:0] = notes
+    return source
 
 
-def eval_folder(root: str, eval_root: str) -> FolderSource:
+def eval_folder(
+    root: str,
+    eval_root: str,
+    *,
+    key: str = ROOT,
+    include: str = "",
+    exclude: str = "",
+    resolution: str = "",
+    sample_rate: int = 1,
+    annotated_every: int = 1,
+    single_object: bool = False,
+    faults: Faults | None = None,
+) -> FolderSource:
     """Evaluation clips: of `eval_root`, or DAVIS's val list, or the clips held out of `root`.
 
-    Raises:
-        UserError: see `open_folder`.
+    Arguments and errors are those of `open_folder`. `include` and `exclude` choose among the clips
+    that are trained on and held out, so they do not apply to `eval_root` and to DAVIS's val list;
+    give the same as to `train_folder`.
     """
+    names, notes = None, []
     if eval_root:
-        return open_folder(eval_root, EVAL, key="config.data.eval_root")
-    names, listed = _clip_names(root, EVAL, "config.data.root")
-    if listed:
-        return open_folder(root, EVAL)
-    _, held = _split(root, names)
-    source = open_folder(root, EVAL, names=held)
-    return source.select(
-        range(len(source)), f"the last {len(held)} of {len(names)} clips by name, held out"
+        root, key = eval_root, EVAL_ROOT
+    else:
+        names, is_listed = _clip_names(root, EVAL, key, "", "", resolution)
+        if not is_listed:
+            names, _ = _clip_names(root, EVAL, key, include, exclude, resolution)
+            total = len(names)
+            _, names = _split(root, names, key)
+            notes = [f"the last {len(names)} of {total} clips by name, held out"]
+    source = open_folder(
+        root,
+        EVAL,
+        key=key,
+        names=names,
+        resolution=resolution,
+        sample_rate=sample_rate,
+        annotated_every=annotated_every,
+        single_object=single_object,
+        faults=faults,
     )
+    source.notes[:0] = notes
+    return source
 
 
-def _split(root: str, names: list[str]) -> tuple[list[str], list[str]]:
+def _split(root: str, names: list[str], key: str) -> tuple[list[str], list[str]]:
     if len(names) < 2:
         raise UserError(
-            f"config.data.root={root} has one clip and none can be held out for evaluation: "
-            f"set config.data.eval_root to a folder of clips to evaluate on"
+            f"{key}={root} has one clip and none can be held out for evaluation: set {EVAL_ROOT} "
+            "to a folder of clips to evaluate on"
         )
     count = max(1, round(HELD_OUT * len(names)))
     return names[:-count], names[-count:]
@@ -131,141 +193,77 @@ def _split(root: str, names: list[str]) -> tuple[list[str], list[str]]:
 def open_folder(
     root: str,
     split: str,
-    num_frames: int = 1,
-    key: str = "config.data.root",
-    names: list[str] | None = None,
+    *,
+    key: str = ROOT,
+    names: Sequence[str] | None = None,
+    include: str = "",
+    exclude: str = "",
+    resolution: str = "",
+    sample_rate: int = 1,
+    annotated_every: int = 1,
+    single_object: bool = False,
+    faults: Faults | None = None,
 ) -> FolderSource:
-    """Find the clips of a folder, check every file of theirs, and open them.
+    """Find the clips of a folder, check every file that is used, and open them.
 
     Args:
-        root: folder in one of the two layouts.
+        root: folder in one of the two layouts, local or gs:// or s3://.
         split: `train` or `val`: which of DAVIS's lists; a flat folder gives all clips to both.
-        num_frames: the fewest frames a clip may have. Clips in which no such run starts with a
-            visible object are left out, and counted in the notes.
         key: how the user named the folder, for messages.
-        names: only these clips.
+        names: exactly these clips, whatever lists there are.
+        include: text file with the clips to use, one a line.
+        exclude: text file with clips to leave out.
+        resolution: of DAVIS: 480p, Full-Resolution (2017), 1080p (2016); empty: the first of these.
+        sample_rate: take every k-th frame only (`sample_rate` of the reference's PNGRawDataset,
+            facebookresearch/sam2@2b90b9f training/dataset/vos_raw_dataset.py).
+        annotated_every: every k-th frame has a mask, counted from the first that has one; the
+            frames between are left out.
+        single_object: every object of every clip becomes a clip of its own, as the reference's
+            `single_object_mode` does for folders of masks per object.
+        faults: what to do about broken clips; by default the first one stops.
 
     Raises:
-        UserError: the folder is missing, empty or of no known layout; a clip lacks frames or
-            masks, or they differ in number, name or size, or are too few; a mask is not indexed;
-            a file is cut short; no clip has a visible object.
+        UserError: the folder is missing, empty or of no known layout; a list is missing, empty or
+            names a clip that is not there; a clip lacks frames or masks, or they differ in name
+            or size; a mask has colours; a file is cut short, too large or cannot be read.
     """
+    for name, value in (("sample_rate", sample_rate), ("annotated_every", annotated_every)):
+        if value < 1:
+            raise UserError(f"{name} of {key}={root} is {value}, expected 1 or more: raise it")
+    faults = faults or Faults()
     if names is None:
-        names, _ = _clip_names(root, split, key)
-    images, annotations = _folders(Path(root))
-    listed = [_list_clip(images / name, annotations / name, num_frames, key) for name in names]
-    headers = iter(read_headers([path for clip in listed for path in (*clip[0], *clip[1])]))
-    clips = []
-    for name, (frames, masks) in zip(names, listed, strict=True):
-        frame_headers = [next(headers) for _ in frames]
-        first = frame_headers[0]
-        for path, header in zip(frames, frame_headers, strict=True):
-            _check_size(path, header, first, frames[0])
-        for path in masks:
-            header = next(headers)
-            check_mask(path, header)
-            _check_size(path, header, first, frames[0])
-        clips.append(Files(Video(name, len(frames), first.height, first.width), frames, masks))
-    seen = [clip for clip in clips if _has_object(clip, num_frames)]
-    notes = []
-    if len(seen) < len(clips):
-        notes.append(f"{len(clips) - len(seen)} of {len(clips)} clips left out: no visible object")
-    if not seen:
-        raise UserError(
-            f"{key}={root} has no visible object in any of its {len(clips)} clips: every mask is "
-            f"0 (background); write object k as index k"
-        )
-    return FolderSource(str(root), seen, notes)
+        names, _ = _clip_names(root, split, key, include, exclude, resolution)
+    folder = open_root(root, key, WANTED)
+    images, annotations, _ = clip_folders(folder, resolution, key)
+
+    def find(name: str) -> Files:
+        return pair_files(name, images / name, annotations / name, sample_rate, annotated_every)
+
+    clips = check_files(collect(names, find, faults), faults)
+    source = FolderSource(str(root), clips, [])
+    if single_object:
+        source = source.one_object_each(faults)
+    source.notes += faults.notes(len(names), str(root))
+    return source
 
 
-def _has_object(clip: Files, num_frames: int) -> bool:
-    starts = clip.masks[: len(clip.masks) - num_frames + 1]
-    return any(_decode(decode_labels, path).any() for path in starts)
-
-
-def _folders(root: Path) -> tuple[Path, Path]:
-    """Where the clips of frames and of masks lie."""
-    images, annotations = root / "JPEGImages", root / "Annotations"
-    for resolution in RESOLUTIONS:
-        if (images / resolution).is_dir():
-            return images / resolution, annotations / resolution
-    return images, annotations
-
-
-def _clip_names(root: str, split: str, key: str) -> tuple[list[str], bool]:
-    """Names of the clips, sorted, and whether they come from a list of the DAVIS layout."""
-    if not root:
-        raise UserError(f"{key} is empty: give the folder of clips, --{key}=DIR; {WANTED}")
-    folder = Path(root)
-    if not folder.is_dir():
-        raise UserError(f"{key}={root} is no folder: {WANTED}")
-    images, annotations = _folders(folder)
+def _clip_names(
+    root: str, split: str, key: str, include: str, exclude: str, resolution: str
+) -> tuple[list[str], bool]:
+    """Names of the clips, sorted, and whether they come from a list of DAVIS."""
+    folder = open_root(root, key, WANTED)
+    images, annotations, is_davis = clip_folders(folder, resolution, key)
     if not images.is_dir() or not annotations.is_dir():
-        inner = next((d for d in sorted(folder.iterdir()) if (d / "JPEGImages").is_dir()), None)
+        entries = sorted(entries_of(folder))
+        inner = next((d for d in entries if (d / "JPEGImages").is_dir()), None)
         hint = f"; {inner} has them, give that" if inner else ""
-        there = ", ".join(sorted(d.name for d in folder.iterdir())[:5]) or "nothing"
+        there = ", ".join(d.name for d in entries[:5]) or "nothing"
         raise UserError(f"{key}={root} holds {there}: {WANTED}{hint}")
-    if images.name in RESOLUTIONS:
-        listing = folder / "ImageSets" / "2017" / f"{split}.txt"
-        if not listing.is_file():
-            raise UserError(
-                f"{listing} is missing, though {key}={root} has the DAVIS layout: expected one "
-                f"clip name a line; take it from the DAVIS 2017 archive or write it"
-            )
-        names = sorted({line.strip() for line in listing.read_text().splitlines()} - {""})
-        where, listed = str(listing), True
+    if is_davis:
+        names, listing = listed_clips(folder, split, key)
+        where = str(listing)
     else:
-        names = sorted(d.name for d in images.iterdir() if d.is_dir())
-        where, listed = str(images), False
-    if not names:
-        raise UserError(f"{where} names no clip, expected at least one (from {key}={root})")
-    return names, listed
-
-
-def _list_clip(
-    frame_dir: Path, mask_dir: Path, num_frames: int, key: str
-) -> tuple[list[Path], list[Path]]:
-    """Frames and masks of one clip, in order of time and with matching names."""
-    clip = frame_dir.name
-    frames = _images(frame_dir, (".jpg", ".jpeg", ".png"))
-    masks = _images(mask_dir, (".png",))
-    if not frames:
-        raise UserError(
-            f"clip {clip} has no frames: {frame_dir} has no .jpg or .png; add them, or take the "
-            f"clip out of {key}"
-        )
-    if not masks:
-        raise UserError(
-            f"clip {clip} has no masks: {mask_dir} has no .png; add them, or take the clip out of "
-            f"{key}"
-        )
-    if [p.stem for p in frames] != [p.stem for p in masks]:
-        odd = sorted({p.stem for p in frames} ^ {p.stem for p in masks})
-        raise UserError(
-            f"clip {clip} has {len(frames)} frames in {frame_dir} but {len(masks)} masks in "
-            f"{mask_dir} ({odd[0]} is on one side only), expected a mask for every frame: add or "
-            f"remove files until the names match"
-        )
-    if len(frames) < num_frames:
-        raise UserError(
-            f"clip {clip} in {key} has {len(frames)} frames, fewer than config.data.num_frames="
-            f"{num_frames}: lower that, or take the clip out"
-        )
-    return frames, masks
-
-
-def _images(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.name[0] != "."]
-    # 9.jpg comes before 10.jpg, as in the reference, which takes names for numbers.
-    return sorted(found, key=lambda p: p.stem.rjust(20, "0") if p.stem.isdigit() else p.stem)
-
-
-def _check_size(path: Path, header, first, first_path: Path) -> None:
-    if (header.width, header.height) != (first.width, first.height):
-        raise UserError(
-            f"{path} is {header.width} x {header.height}, but {first_path} is {first.width} x "
-            f"{first.height}: expected one size for all frames and masks of a clip; resize or "
-            f"export it again (masks with nearest neighbour)"
-        )
+        names, where = subfolders(images), str(images)
+        if not names:
+            raise UserError(f"{images} has no folder of frames (from {key}={root}): {WANTED}")
+    return [names[i] for i in choose(names, include, exclude, where)], is_davis

@@ -1,61 +1,92 @@
 """Which frames and which objects of a clip a training example shows. Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+
+
+class Sampling(NamedTuple):
+    """How examples are drawn from a clip. The defaults are the reference's."""
+
+    num_frames: int
+    max_objects: int
+    reverse: float = 0.0  # probability of playing backwards
+    min_stride: int = 1  # frames of the video from one frame shown to the next, drawn uniformly
+    max_stride: int = 1
+    later_objects: float = 0.0  # probability that objects may also be first seen on a later frame
+
+    @property
+    def span(self) -> int:
+        """Fewest frames that a clip must have."""
+        return (self.num_frames - 1) * self.min_stride + 1
 
 
 class Sample(NamedTuple):
-    """Frames of a clip in the order they are shown, and the labels of the objects followed."""
+    """Frames of a clip in the order they are shown, and the ids of the objects followed."""
 
     frames: list[int]
     objects: list[int]
 
 
-def visible_objects(labels: UInt8[np.ndarray, "h w"]) -> Int[np.ndarray, " o"]:
-    """Labels other than background on one frame, ascending."""
-    return np.flatnonzero(np.bincount(labels.ravel(), minlength=1)[1:]) + 1
-
-
 def sample_clip(
     rng: np.random.Generator,
-    labels_of: Callable[[int], UInt8[np.ndarray, "h w"]],
+    objects_of: Callable[[int], Sequence[int]],
     video_frames: int,
-    num_frames: int,
-    max_objects: int,
-    reverse: float,
+    settings: Sampling,
 ) -> Sample:
-    """Consecutive frames from a random start, backwards with probability `reverse`.
+    """Frames at an even stride from a random start, and some of the objects seen on them.
 
-    Objects are a random choice of those visible on the first frame shown, at most `max_objects`.
+    The first frame shown has a visible object. The objects followed are a random choice of those
+    visible there, at most `max_objects`; with probability `later_objects` one of those and a
+    random choice of all that are visible on any frame shown.
     The reference redraws the start up to 1000 times until something is visible there
     (facebookresearch/sam2@2b90b9f training/dataset/vos_sampler.py, RandomUniformSampler); walking
     through the starts in random order gives the same distribution and cannot miss one.
 
     Args:
         rng: the only randomness.
-        labels_of: label map of one frame of the clip.
-        video_frames: length of the clip, at least `num_frames`.
-        num_frames: frames to sample.
-        max_objects: the most objects to sample.
-        reverse: probability 0-1 of playing backwards.
+        objects_of: ids visible on one frame of the clip.
+        video_frames: length of the clip, at least `settings.span`.
+        settings: how many frames and objects, and how they are drawn.
 
     Raises:
-        ValueError: the clip is too short, or no start shows an object (sources leave such
-            clips out).
+        ValueError: the clip is too short, or no start shows an object (`sources.keep_usable`
+            leaves such clips out).
     """
-    starts = rng.permutation(video_frames - num_frames + 1) if video_frames >= num_frames else []
-    drawn = [(int(start), bool(rng.random() < reverse)) for start in starts]
-    # Second round, the other direction: only where no frame of the first round shows anything.
-    for start, backwards in drawn + [(start, not back) for start, back in drawn]:
-        frames = list(range(start, start + num_frames))
-        if backwards:
-            frames.reverse()
-        visible = visible_objects(labels_of(frames[0]))
-        if len(visible):
-            count = min(len(visible), max_objects)
-            chosen = rng.choice(visible, count, replace=False)
-            return Sample(frames, [int(label) for label in chosen])
-    raise ValueError(f"no {num_frames} consecutive frames of {video_frames} start with an object")
+    for frames in _candidates(rng, video_frames, settings):
+        visible = objects_of(frames[0])
+        if not visible:
+            continue
+        objects = _choose(rng, visible, settings.max_objects)
+        if settings.later_objects and rng.random() < settings.later_objects:
+            seen = {k for t in frames for k in objects_of(t)} - {objects[0]}
+            objects = [objects[0], *_choose(rng, sorted(seen), settings.max_objects - 1)]
+        return Sample(frames, objects)
+    raise ValueError(
+        f"no {settings.num_frames} frames of {video_frames} start with a visible object"
+    )
+
+
+def _candidates(
+    rng: np.random.Generator, video_frames: int, settings: Sampling
+) -> Iterator[list[int]]:
+    """Every way to place the frames, in random order; last those against the drawn direction."""
+    steps = settings.num_frames - 1
+    longest = (video_frames - 1) // steps if steps else 1
+    most = min(settings.max_stride, longest)
+    if video_frames < settings.span:
+        return
+    first = int(rng.integers(settings.min_stride, most + 1)) if most > settings.min_stride else most
+    # A shorter stride has more starts: only where none of the drawn one shows an object.
+    for stride in (first, *(s for s in range(settings.min_stride, most + 1) if s != first)):
+        starts = rng.permutation(video_frames - steps * stride)
+        drawn = [(int(start), bool(rng.random() < settings.reverse)) for start in starts]
+        for against in (False, True) if settings.reverse else (False,):
+            for start, backwards in drawn:
+                frames = list(range(start, start + steps * stride + 1, stride))
+                yield frames[::-1] if backwards != against else frames
+
+
+def _choose(rng: np.random.Generator, ids: Sequence[int], most: int) -> list[int]:
+    return [int(k) for k in rng.choice(np.array(ids, int), min(len(ids), most), replace=False)]

@@ -1,15 +1,23 @@
-"""What every source of video looks like, and the lines it shows at start-up.
+"""What every source of video looks like, which clips of it can be used, and its start-up lines.
 
-A source is random access: it names its clips and decodes only the frames asked for, at their
-original resolution. It is opened once, checks everything there, and is then only read; it must
-pickle, since loader processes receive a copy.
+A source is random access: it names its clips and decodes only the frames and objects asked for, at
+their original resolution. It is opened once, checks everything there, and is then only read; it
+must pickle, since loader processes receive a copy. An image is a clip of one frame.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
+from tqdm.auto import tqdm
+
+from sam2_jax.types import UserError, listed
+
+THREADS = 16  # waits for disks and network file systems, not for the processor
+SHOW_PROGRESS = 2000  # clips, a second or two
+SKIP, STOP = "skip", "stop"  # what config.data.on_error can be
 
 
 class Video(NamedTuple):
@@ -23,7 +31,10 @@ class Video(NamedTuple):
 
 @runtime_checkable  # tests check annotations with isinstance
 class VideoSource(Protocol):
-    """Clips with one label map per frame: 0 is background, k > 0 is object k of the clip."""
+    """Clips whose objects have an id, a positive integer, and a mask on every frame.
+
+    Masks of different objects may overlap. Where an object is absent its mask is empty.
+    """
 
     name: str
     notes: list[str]  # what a user should know: clips left out, splits that were made
@@ -36,15 +47,144 @@ class VideoSource(Protocol):
         """Name, length and size of a clip, without decoding."""
         ...
 
-    def read(
-        self, index: int, frames: Sequence[int]
-    ) -> tuple[UInt8[np.ndarray, "t h w 3"], UInt8[np.ndarray, "t h w"]]:
-        """RGB frames and label maps of a clip, in the order asked for."""
+    def objects(self, index: int, frame: int) -> tuple[int, ...]:
+        """Ids of the objects that are visible on a frame, ascending."""
         ...
 
-    def labels(self, index: int, frames: Sequence[int]) -> UInt8[np.ndarray, "t h w"]:
-        """Label maps alone: what is needed to look for a frame with a visible object."""
+    def read(
+        self, index: int, frames: Sequence[int], objects: Sequence[int]
+    ) -> tuple[UInt8[np.ndarray, "t h w 3"], Bool[np.ndarray, "t o h w"]]:
+        """RGB frames of a clip and the masks of some objects, in the order asked for.
+
+        Raises:
+            UserError: a file cannot be read or decoded; it is named.
+        """
         ...
+
+
+@runtime_checkable
+class EncodedSource(VideoSource, Protocol):
+    """A source that can also hand out its frames as they are stored."""
+
+    def encoded(self, index: int, frame: int) -> bytes:
+        """The bytes that `decode.decode_frame` turns into the frame that `read` gives."""
+        ...
+
+
+class Faults:
+    """What becomes of broken clips: the first one stops, or they are left out and counted."""
+
+    def __init__(self, on_error: str = STOP, max_bad: float = 0.0) -> None:
+        """`max_bad`: the share of clips, 0-1, that may be left out with `on_error` "skip"."""
+        self._skip, self._max_bad = on_error == SKIP, max_bad
+        self.errors: list[UserError] = []
+
+    def add(self, error: UserError) -> None:
+        """One clip is broken. Raises the error unless broken clips are left out."""
+        if not self._skip:
+            raise error
+        self.errors.append(error)
+
+    def notes(self, total: int, where: str) -> list[str]:
+        """A line about what was left out of `total` clips, if anything was.
+
+        Raises:
+            UserError: that is more than `max_bad` of them.
+        """
+        if not self.errors:
+            return []
+        found = f"{len(self.errors)} of {total} clips of {where} are broken"
+        told = listed(str(error) for error in self.errors)
+        if len(self.errors) > self._max_bad * total:
+            raise UserError(
+                f"{found}, more than config.data.max_bad={self._max_bad} allows: mend them or "
+                f"raise that; {told}"
+            )
+        return [f"{found} and left out: {told}"]
+
+
+class Selection:
+    """Some clips of a source, as a source of their own."""
+
+    def __init__(self, source: VideoSource, indices: Sequence[int], notes: Sequence[str]) -> None:
+        """`notes` come after those of the source."""
+        self.name = source.name
+        self.notes = [*source.notes, *notes]
+        self.source, self.indices = source, list(indices)
+
+    def __len__(self) -> int:
+        """Number of clips."""
+        return len(self.indices)
+
+    def video(self, index: int) -> Video:
+        """Name, length and size of a clip."""
+        return self.source.video(self.indices[index])
+
+    def objects(self, index: int, frame: int) -> tuple[int, ...]:
+        """Ids of the objects visible on a frame."""
+        return self.source.objects(self.indices[index], frame)
+
+    def read(
+        self, index: int, frames: Sequence[int], objects: Sequence[int]
+    ) -> tuple[UInt8[np.ndarray, "t h w 3"], Bool[np.ndarray, "t o h w"]]:
+        """Frames and masks."""
+        return self.source.read(self.indices[index], frames, objects)
+
+
+def keep_usable(
+    source: VideoSource, span: int, backwards: bool = False, faults: Faults | None = None
+) -> VideoSource:
+    """Leave out the clips that no sample can be drawn from, and say so in the notes.
+
+    Args:
+        source: all clips.
+        span: frames of the video from the first to the last frame of a sample.
+        backwards: whether a sample may also be played from its last frame.
+        faults: what to do about clips that cannot be read.
+
+    Raises:
+        UserError: no clip is left; or a clip cannot be read.
+    """
+    faults = faults or Faults()
+
+    def look(index: int) -> str | UserError:
+        """Why a clip cannot be used, or an empty string."""
+        count = source.video(index).num_frames
+        if count < span:
+            return f"shorter than {span} frames"
+        try:
+            if any(source.objects(index, t) for t in range(count - span + 1)):
+                return ""
+            if backwards and any(source.objects(index, t) for t in range(count - 1, span - 2, -1)):
+                return ""
+        except UserError as error:
+            return error
+        return "without a visible object where a sample may start"
+
+    indices, reasons = [], {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        found: Iterable[str | UserError] = pool.map(look, range(len(source)))
+        if len(source) > SHOW_PROGRESS:
+            found = tqdm(found, "looking for objects", len(source), leave=False, unit="clip")
+        for index, reason in enumerate(found):
+            if isinstance(reason, UserError):
+                faults.add(reason)
+            elif reason:
+                reasons[reason] = [*reasons.get(reason, []), source.video(index).name]
+            else:
+                indices.append(index)
+    notes = [
+        f"{len(names)} of {len(source)} clips left out, {reason}: {listed(names)}"
+        for reason, names in sorted(reasons.items())
+    ]
+    notes += faults.notes(len(source), source.name)
+    if not indices:
+        why = "; ".join(notes) or "it has no clips"
+        raise UserError(
+            f"{source.name} has no clip to train on ({why}): lower config.data.num_frames or the "
+            "stride, or check that masks hold objects (0 is background)"
+        )
+    return Selection(source, indices, notes) if notes else source
 
 
 def describe(source: VideoSource) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from sam2_jax.data.shapes import Outline, random_outline
 from sam2_jax.data.sources import Video
@@ -240,24 +240,28 @@ class SyntheticSource:
         max_objects, speed = self._scene
         return make_clip((*self._entropy, index), self._size, max_objects, speed)
 
-    def read(
-        self, index: int, frames: Sequence[int]
-    ) -> tuple[UInt8[np.ndarray, "t h w 3"], UInt8[np.ndarray, "t h w"]]:
-        """Render the frames asked for: RGB and label maps."""
-        rendered = [render(self._clip(index), t, self._size) for t in frames]
-        return np.stack([f for f, _ in rendered]), np.stack([m for _, m in rendered])
+    def objects(self, index: int, frame: int) -> tuple[int, ...]:
+        """Ids of the objects visible on a frame: drawn without painting."""
+        labels = self._labels(self._clip(index), frame)
+        return tuple(int(k) for k in np.flatnonzero(np.bincount(labels.ravel())) if k)
 
-    def labels(self, index: int, frames: Sequence[int]) -> UInt8[np.ndarray, "t h w"]:
-        """Label maps alone, without painting."""
+    def read(
+        self, index: int, frames: Sequence[int], objects: Sequence[int]
+    ) -> tuple[UInt8[np.ndarray, "t h w 3"], Bool[np.ndarray, "t o h w"]]:
+        """Render the frames asked for, and the masks of some objects."""
         clip = self._clip(index)
-        labels = np.zeros((len(frames), self._size, self._size), np.uint8)
-        for out, t in zip(labels, frames, strict=True):
-            for thing in reversed(clip.things):
-                parts, _ = _curves(thing, t, self._size)
-                window = _window(parts, self._size)
-                if window is None:
-                    continue
-                (x, y), (height, width) = window
-                cover = _draw(parts, window[0], (height, width))
-                out[y : y + height, x : x + width][cover > 127] = thing.label
+        rendered = [render(clip, t, self._size) for t in frames]
+        ids = np.array(objects, np.uint8)[:, None, None]
+        return np.stack([f for f, _ in rendered]), np.stack([m == ids for _, m in rendered])
+
+    def _labels(self, clip: Clip, t: int) -> UInt8[np.ndarray, "h w"]:
+        labels = np.zeros((self._size, self._size), np.uint8)
+        for thing in reversed(clip.things):
+            parts, _ = _curves(thing, t, self._size)
+            window = _window(parts, self._size)
+            if window is None:
+                continue
+            (x, y), (height, width) = window
+            cover = _draw(parts, window[0], (height, width))
+            labels[y : y + height, x : x + width][cover > 127] = thing.label
         return labels

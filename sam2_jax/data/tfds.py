@@ -1,25 +1,60 @@
-"""The copy of DAVIS that tensorflow-datasets prepares, read without TensorFlow.
+"""The copies of DAVIS and YouTube-VIS that tensorflow-datasets prepares, read without TensorFlow.
 
 A prepared split is a set of array_record files with one clip each record, random access. The
-dataset's own reader decodes whole clips (90 frames for 8); here only the frames asked for are.
+datasets' own readers decode whole clips (90 frames for 8); here only the frames asked for are.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from google.protobuf.message import DecodeError
-from grain.sources import ArrayRecordDataSource
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
-from sam2_jax.data.decode import decode_frame, decode_labels
-from sam2_jax.data.sources import Video
+from sam2_jax.data.decode import decode_frame
+from sam2_jax.data.records import (
+    MEND,
+    Record,
+    count_records,
+    look_at_record,
+    read_record,
+    record_masks,
+)
+from sam2_jax.data.scan import changed, scan_files
+from sam2_jax.data.sources import Faults, Video
 from sam2_jax.types import UserError
 
-DATASET = "davis/480p"
+# Configurations of each dataset; the first is taken where none is named.
+DATASETS = {
+    "davis": ("480p", "full_resolution"),
+    "youtube_vis": (
+        "full",
+        "only_frames_with_labels",
+        "480_640_full",
+        "480_640_only_frames_with_labels",
+    ),
+}
+LABELLED = "only_frames_with_labels"
 DEFAULT_DIR = "~/tensorflow_datasets"
+NEEDS = {
+    "davis": "pip install tensorflow importlib_resources",
+    "youtube_vis": "put the files of the 2019 version into {folder}/downloads/manual (see "
+    "https://www.tensorflow.org/datasets/catalog/youtube_vis) && "
+    "pip install tensorflow importlib_resources apache-beam opencv-python-headless pycocotools",
+}
+
+
+class Clip(NamedTuple):
+    """Where a clip lies and what is on it."""
+
+    video: Video
+    shard: str
+    time: int  # when the file was last changed
+    number: int  # of the record in the file
+    frames: tuple[int, ...]  # labelled frames of the video
+    visible: tuple[tuple[int, ...], ...]  # ids on each of them
 
 
 def data_dir() -> Path:
@@ -27,36 +62,57 @@ def data_dir() -> Path:
     return Path(os.environ.get("TFDS_DATA_DIR") or DEFAULT_DIR).expanduser()
 
 
-def find_shards(split: str) -> list[str]:
+def full_name(dataset: str) -> str:
+    """`davis/480p` for `davis` and so on.
+
+    Raises:
+        UserError: no such dataset is known here.
+    """
+    name, _, config = dataset.partition("/")
+    config = config or DATASETS.get(name, ("",))[0]
+    if config not in DATASETS.get(name, ()):
+        known = ", ".join(f"{name}/{config}" for name in DATASETS for config in DATASETS[name])
+        raise UserError(
+            f"config.data.tfds.dataset is {dataset}, expected one of {known}: take one of these, "
+            "or give other data as a folder"
+        )
+    return f"{name}/{config}"
+
+
+def find_shards(dataset: str, split: str) -> list[Path]:
     """Files of a split of the newest version prepared in `data_dir()`, in order.
 
     Args:
+        dataset: as `davis/480p`.
         split: `train` or `validation`.
 
     Raises:
         UserError: nothing is prepared there, or files are missing. Nothing is downloaded.
     """
-    folder = data_dir()
-    pattern = f"*/davis-{split}.array_record-*-of-*"
-    shards = sorted((folder / DATASET).glob(pattern), key=_version_and_name)
+    folder, name = data_dir(), dataset.partition("/")[0]
+    pattern = f"*/{name}-{split}.{{}}-*-of-*"
+    shards = sorted((folder / dataset).glob(pattern.format("array_record")), key=_version_and_name)
     shards = [s for s in shards if s.parent == shards[-1].parent]
     if not shards:
+        found = "no prepared"
+        if other := next((folder / dataset).glob(pattern.format("tfrecord")), None):
+            found = f"tfrecord files ({other.parent}) instead of array_record files of"
         raise UserError(
-            f"no prepared {DATASET} in {folder} (from the environment variable TFDS_DATA_DIR, else "
+            f"{found} {dataset} in {folder} (from the environment variable TFDS_DATA_DIR, else "
             f"{DEFAULT_DIR}) and none is downloaded here: give --config.data.root=DIR of a DAVIS "
             f"2017 folder, or set TFDS_DATA_DIR, or prepare it where there is a network by: "
-            f"pip install tensorflow importlib_resources && "
-            f'python -c "import tensorflow_datasets.video.davis, tensorflow_datasets as tfds; '
-            f"tfds.builder('{DATASET}', data_dir='{folder}', file_format='array_record')"
+            f"{NEEDS[name].format(folder=folder)} && "
+            f'python -c "import tensorflow_datasets.video.{name}, tensorflow_datasets as tfds; '
+            f"tfds.builder('{dataset}', data_dir='{folder}', file_format='array_record')"
             f'.download_and_prepare()"'
         )
     expected = int(shards[-1].name.rsplit("-of-", 1)[1])
     if len(shards) != expected:
         raise UserError(
-            f"{shards[0].parent} has {len(shards)} of the {expected} files of {DATASET} split "
+            f"{shards[0].parent} has {len(shards)} of the {expected} files of {dataset} split "
             f"{split}: copy the missing ones or prepare it again"
         )
-    return [str(shard) for shard in shards]
+    return shards
 
 
 def _version_and_name(path: Path) -> tuple[list[int], str]:
@@ -64,79 +120,108 @@ def _version_and_name(path: Path) -> tuple[list[int], str]:
 
 
 class PreparedSource:
-    """Clips of `davis/480p` as tensorflow-datasets stores them."""
+    """Clips of a dataset as tensorflow-datasets stores them.
 
-    def __init__(self, split: str, num_frames: int = 1) -> None:
-        """Find and check the clips.
+    Frames of a clip are those that have labels. In YouTube-VIS that is one in five, and in the
+    configurations `full` only those that show an object: it does not name the others.
+    """
+
+    def __init__(self, dataset: str, split: str, faults: Faults | None = None) -> None:
+        """Find and check the clips; what was found is remembered, see `scan.scan_files`.
 
         Args:
-            split: `train` or `validation`.
-            num_frames: the fewest frames a clip may have.
+            dataset: `davis/480p`, `davis/full_resolution`, or `youtube_vis` with a configuration
+                (`full` if none is named).
+            split: `train` or `validation`; of YouTube-VIS only `train` has labels.
+            faults: what to do about broken clips.
 
         Raises:
-            UserError: not prepared, not readable, or a clip is shorter than `num_frames`.
+            UserError: not prepared, or not readable.
         """
-        self.name = f"{DATASET} {split}"
-        self.notes: list[str] = []
-        shards = find_shards(split)
-        self._records: Any = ArrayRecordDataSource(shards)
-        where = str(Path(shards[0]).parent)
-        self._index: list[int] = []  # records of the clips that have an object
-        self._videos: list[Video] = []
-        for record in range(len(self._records)):
-            try:
-                name, frames, masks = self._clip(record)
-                first = decode_frame(frames[0])
-                seen = any(decode_labels(m).any() for m in masks[: len(masks) - num_frames + 1])
-            except (OSError, ValueError, IndexError, RuntimeError, DecodeError) as error:
-                raise UserError(
-                    f"record {record} of {where} cannot be read ({error}): prepare it again"
-                ) from error
-            if not len(masks) == len(frames) >= num_frames:
-                raise UserError(
-                    f"clip {name} of {where} has {len(frames)} frames and {len(masks)} masks, "
-                    f"expected at least config.data.num_frames={num_frames} of both: lower that"
-                )
-            if seen:
-                self._index.append(record)
-                self._videos.append(Video(name, len(frames), *first.shape[:2]))
-        if not self._index:
-            raise UserError(f"{where} has no clip with a visible object: prepare it again")
-        if left := len(self._records) - len(self._index):
-            self.notes.append(f"{left} of {len(self._records)} clips left out: no visible object")
-
-    def _clip(self, record: int) -> tuple[str, Sequence[bytes], Sequence[bytes]]:
-        """Name, encoded frames and encoded masks of one record."""
-        # Imported here: it takes a second, which only users of this source should wait for.
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        example = tf_example_pb2.Example.FromString(  # pyright: ignore[reportAttributeAccessIssue]
-            self._records[record]
-        )
-        feature = example.features.feature
-        name = feature["metadata/video_name"].bytes_list.value[0].decode()
-        frames = feature["video/frames"].bytes_list.value
-        return name, frames, feature["video/segmentations"].bytes_list.value
+        faults, dataset = faults or Faults(), full_name(dataset)
+        self.name = f"{dataset} {split}"
+        shards = find_shards(dataset, split)
+        labelled = dataset.startswith("davis") or dataset.endswith(LABELLED)
+        look = functools.partial(look_at_shard, all_labelled=labelled)
+        self._clips: list[Clip] = []
+        total = frames = crowds = 0
+        for shard, found in zip(shards, scan_files(shards, look, where=dataset), strict=True):
+            if isinstance(found, UserError):
+                total += 1
+                faults.add(found)
+                continue
+            for number, seen in enumerate(found):
+                total += 1
+                if "fault" in seen:
+                    faults.add(UserError(seen["fault"]))
+                    continue
+                video = Video(seen["name"], len(seen["frames"]), *seen["size"])
+                visible = tuple(tuple(ids) for ids in seen["visible"])
+                place = (str(shard), changed(shard), number, tuple(seen["frames"]))
+                self._clips.append(Clip(video, *place, visible))
+                frames += seen["total"]
+                crowds += seen["crowds"]
+        self.notes = faults.notes(total, self.name)
+        if left := frames - sum(len(clip.frames) for clip in self._clips):
+            self.notes.append(f"{left:,} of {frames:,} frames left out: no labels")
+        if crowds:
+            self.notes.append(f"{crowds:,} tracks left out: crowds")
 
     def __len__(self) -> int:
         """Number of clips."""
-        return len(self._index)
+        return len(self._clips)
 
     def video(self, index: int) -> Video:
-        """Name, length and size of a clip."""
-        return self._videos[index]
+        """Name, labelled frames and size of a clip."""
+        return self._clips[index].video
+
+    def objects(self, index: int, frame: int) -> tuple[int, ...]:
+        """Ids of the objects on a labelled frame."""
+        return self._clips[index].visible[frame]
+
+    def _record(self, index: int) -> Record:
+        clip = self._clips[index]
+        return read_record(clip.shard, clip.time, clip.number)
 
     def read(
-        self, index: int, frames: Sequence[int]
-    ) -> tuple[UInt8[np.ndarray, "t h w 3"], UInt8[np.ndarray, "t h w"]]:
-        """Decode the frames asked for: RGB and label maps."""
-        _, images, masks = self._clip(self._index[index])
-        return (
-            np.stack([decode_frame(images[t]) for t in frames]),
-            np.stack([decode_labels(masks[t]) for t in frames]),
-        )
+        self, index: int, frames: Sequence[int], objects: Sequence[int]
+    ) -> tuple[UInt8[np.ndarray, "t h w 3"], Bool[np.ndarray, "t o h w"]]:
+        """Decode labelled frames and masks.
 
-    def labels(self, index: int, frames: Sequence[int]) -> UInt8[np.ndarray, "t h w"]:
-        """Decode label maps alone."""
-        masks = self._clip(self._index[index])[2]
-        return np.stack([decode_labels(masks[t]) for t in frames])
+        Raises:
+            UserError: the record is broken.
+        """
+        clip, record = self._clips[index], self._record(index)
+        size = (clip.video.height, clip.video.width)
+        images = np.empty((len(frames), *size, 3), np.uint8)
+        masks = np.zeros((len(frames), len(objects), *size), bool)
+        try:
+            for i, t in enumerate(frames):
+                images[i] = decode_frame(record.frames[clip.frames[t]])
+                if objects:
+                    masks[i] = record_masks(record, clip.frames[t], objects, size)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"clip {clip.video.name} of {clip.shard} cannot be decoded ({error}): {MEND}"
+            ) from error
+        return images, masks
+
+    def encoded(self, index: int, frame: int) -> bytes:
+        """A labelled frame as it is stored, JPEG or PNG."""
+        return self._record(index).frames[self._clips[index].frames[frame]]
+
+
+def look_at_shard(shard: Path, all_labelled: bool) -> list[dict[str, Any]]:
+    """What every clip of a file holds, or what is wrong with it; given to `scan_files`.
+
+    Raises:
+        UserError: the file is no array_record file.
+    """
+    found, time = [], changed(shard)
+    for number in range(count_records(str(shard), time)):
+        try:
+            record = read_record(str(shard), time, number)
+            found.append(look_at_record(record, all_labelled, str(shard)))
+        except UserError as error:
+            found.append({"fault": str(error)})
+    return found

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from sam2_jax import memory
 from sam2_jax.decode import Inference, Prompt, Tracking, Visit
 from sam2_jax.model.sam2 import Sam2
-from sam2_jax.prompts import noisy_box, uniform_click
+from sam2_jax.prompts import centre_click, noisy_box
 from sam2_jax.track import empty_bank, encode_frames, visit_frame
 from sam2_jax.types import Array, Bank
 
@@ -36,6 +36,7 @@ class Tracker(NamedTuple):
 
     first: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
     first_points: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
+    first_clicks: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
     next: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
 
 
@@ -43,10 +44,13 @@ def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
     """Tracking from a first frame: it is given masks or points, `next` finds them on the others.
 
     `first(params, image, masks, num_frames)`, `first_points(params, image, points, labels,
-    num_frames)` and `next(params, state, image)` return a state and low-resolution mask logits
-    (o, h/4, w/4). Images are uint8 (h, w, 3) at the model's resolution, masks boolean (o, h, w);
-    points (o, p, 2) are x, y in pixels of the model's input, labels (o, p) are 1 on the object,
-    0 beside it, 2 and 3 for the corners of a box, which come first. `num_frames` is the length of
+    num_frames)`, `first_clicks(params, image, masks, num_frames, clicks=n)` and `next(params,
+    state, image)` return a state and low-resolution mask logits (o, h/4, w/4). `first_clicks` is
+    given the true masks and makes n clicks as someone would: in the middle of the object, then of
+    the larger error that is left (the reference's `point_sampling_method="center"`). Images are
+    uint8 (h, w, 3) at the model's resolution, masks boolean (o, h, w); points (o, p, 2) are x, y in
+    pixels of the model's input, labels (o, p) are 1 on the object, 0 beside it, 2 and 3 for the
+    corners of a box, which come first. `num_frames` is the length of
     the clip.
 
     One program per number of objects serves all frames, another the points: nearly all frames have
@@ -55,27 +59,34 @@ def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
     """
     unbounded = memory.POINTER_WINDOW + 2  # longer than any window: nothing is sized by the clip
 
-    def make_tracking(params) -> Tracking:
+    def make_tracking(params, clicks: int = 0) -> Tracking:
         return Tracking(
             model,
             params,
             num_frames=unbounded,
-            corrections=0,
+            corrections=max(clicks - 1, 0),
             deterministic=True,
-            click=uniform_click,
+            click=centre_click,
             box=noisy_box,
             exact=False,
-            points=False,
+            points=clicks > 0,
             inference=inference,
         )
 
-    def visit(params, state: Tracked, image, masks, is_cond, from_mask, prompt=None):
-        tracking = make_tracking(params)
+    def visit(params, state: Tracked, image, masks, is_cond, from_mask, prompt=None, clicks=0):
+        tracking = make_tracking(params, clicks)
         key = jax.random.key(0)  # nothing is drawn
         features = jax.tree.map(lambda x: x[0], encode_frames(tracking, image[None, None], key))
         no = jnp.zeros((), bool)
         item = Visit(
-            state.frame, features, masks[None], from_mask, is_cond, no, no, jnp.zeros(0, bool)
+            state.frame,
+            features,
+            masks[None],
+            from_mask,
+            is_cond,
+            is_box=no,
+            is_corrected=jnp.asarray(clicks > 1),
+            from_truth=jnp.zeros(tracking.corrections, bool),
         )
         bank, out = visit_frame(tracking, state.bank, item, key, prompt)
         return Tracked(bank, state.frame + 1), out.mask[0]
@@ -90,6 +101,11 @@ def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
         prompt = Prompt(points[None], labels[None], jnp.int32(labels.shape[1]))
         yes = jnp.ones((), bool)
         return visit(params, state, image, masks, yes, ~yes, prompt)
+
+    @partial(jax.jit, donate_argnums=1, static_argnames="clicks")
+    def visit_clicks(params, state: Tracked, image, masks, clicks):
+        yes = jnp.ones((), bool)
+        return visit(params, state, image, masks, yes, ~yes, clicks=clicks)
 
     def nothing(objects: int):
         return jnp.zeros((objects, model.resolution, model.resolution), bool)
@@ -111,8 +127,12 @@ def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
         points, labels = jnp.asarray(points, jnp.float32), jnp.asarray(labels, jnp.int32)
         return visit_points(params, state, image, points, labels)
 
+    def first_clicks(params, image, masks, num_frames, clicks=1):
+        state = start(params, masks.shape[0], num_frames)
+        return visit_clicks(params, state, image, jnp.asarray(masks), clicks)
+
     def following(params, state, image):
         objects = state.bank.memory.values.shape[1]
         return visit_mask(params, state, image, nothing(objects), jnp.zeros((), bool))
 
-    return Tracker(first, first_points, following)
+    return Tracker(first, first_points, first_clicks, following)

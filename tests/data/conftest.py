@@ -9,6 +9,14 @@ from PIL import Image
 REAL = pathlib.Path(__file__).parents[3] / "shared" / "data"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_cache_of_scans(tmp_path_factory):
+    """What is found in files of the tests is not kept in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def real_clips():
     """Folder of real clips beside the repository, where there is one."""

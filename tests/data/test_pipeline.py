@@ -1,5 +1,7 @@
 """The stream of batches: the same for any number of workers and processes, and resumable."""
 
+import collections
+import json
 import os
 import pathlib
 import signal
@@ -9,51 +11,66 @@ import time
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from configs import davis as davis_config
+from configs import default
 from sam2_jax.config import finish
-from sam2_jax.data.pipeline import make_eval_source, make_train_loader, make_train_source
+from sam2_jax.data.catalogue import make_eval_source, make_parts, make_train_loader
 from sam2_jax.types import Batch, UserError
 
 
 def config(**data):
-    return ConfigDict(
+    """Rendered clips, mirrored and reversed; `data` are changes by flat key of config.data."""
+    c = default.get_config("nano")
+    c.seed = 5
+    c.model.resolution = 32
+    c.data.source = "synthetic"
+    default.plain(c.data)
+    c.data.update_from_flattened_dict(
         {
-            "seed": 5,
-            "model": {"resolution": 32},
-            "data": {
-                "source": "synthetic",
-                "root": "",
-                "eval_root": "",
-                "num_frames": 3,
-                "max_objects": 2,
-                "batch_size": 4,
-                "hflip": 0.5,
-                "reverse": 0.5,
-                "workers": 0,
-                "synthetic": {
-                    "num_clips": 10,
-                    "max_objects": 2,
-                    "eval_clips": 3,
-                    "eval_frames": 5,
-                    "speed": 1.0,
-                },
-            }
-            | data,
+            "num_frames": 3,
+            "max_objects": 2,
+            "batch_size": 4,
+            "reverse": 0.5,
+            "synthetic.num_clips": 10,
+            "synthetic.max_objects": 2,
+            "synthetic.eval_clips": 3,
+            "synthetic.eval_frames": 5,
         }
+        | data
     )
+    return c
+
+
+def mixed(**data):
+    """Video, images and more video, of other shapes and shares."""
+    c = config(**data)
+    for name, changes in {
+        "video": {"weight": 0.5},
+        "images": {"weight": 0.3, "num_frames": 1, "max_objects": 4, "batch_size": 6},
+        "more": {"weight": 0.2, "num_frames": 2, "batch_size": 2, "multiplier": 1.5},
+    }.items():
+        entry = default.source()
+        default.plain(entry)
+        entry.source = "synthetic"
+        entry.update_from_flattened_dict({"synthetic.num_clips": 10} | changes)
+        c.data.mixture[name] = entry
+    return c
+
+
+def loader(settings, process_index=0, process_count=1):
+    parts = make_parts(settings)
+    return make_train_loader(settings, parts, process_index, process_count)
 
 
 def batches(settings, count, process_index=0, process_count=1, state=None):
-    """Some batches, copied out of shared memory, and the iterator's state after them."""
-    loader = make_train_loader(settings, make_train_source(settings), process_index, process_count)
-    iterator = iter(loader)
+    """Some batches, copied out of shared memory, and the loader's state after them."""
+    stream = loader(settings, process_index, process_count)
     if state is not None:
-        iterator.set_state(state)
-    found = [Batch(*(np.array(a) for a in next(iterator))) for _ in range(count)]
-    state = iterator.get_state()
-    iterator.close()
+        stream.set_state(state)
+    found = [Batch(*(np.array(a) for a in next(stream))) for _ in range(count)]
+    state = stream.get_state()
+    stream.close()
     return found, state
 
 
@@ -78,11 +95,45 @@ def test_same_batches_for_any_number_of_workers():
     assert_equal(batches(config(workers=2), 4)[0], expected)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumes_exactly(workers):
-    expected, _ = batches(config(), 5)
-    _, state = batches(config(workers=workers), 2)
-    assert_equal(batches(config(workers=workers), 3, state=state)[0], expected[2:])
+@pytest.mark.parametrize("settings", [config, mixed])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2), (2, 0), (0, 3)])
+def test_resumes_exactly_with_any_number_of_workers(settings, before, after):
+    expected, _ = batches(settings(), 9)
+    _, state = batches(settings(workers=before), 4)
+    state = json.loads(json.dumps(state))
+    assert_equal(batches(settings(workers=after), 5, state=state)[0], expected[4:])
+
+
+@pytest.mark.parametrize("draw", ["interleave", "random"])
+def test_a_mixture_has_batches_of_several_shapes(draw):
+    settings = mixed(draw=draw)
+    stream = loader(settings)
+    shapes = {"video": (1, 8, 3), "images": (6, 1, 4), "more": (2, 2, 3)}
+    names = [stream.source_of(n) for n in range(20)]
+    for name, batch in zip(names, batches(settings, 20)[0], strict=True):
+        assert batch.masks.shape[:3] == shapes[name]
+        assert batch.images.shape[:2] == shapes[name][:2] and batch.valid[:, 0].all()
+    assert set(names) == set(shapes)
+    if draw == "interleave":
+        assert collections.Counter(names) == {"video": 10, "images": 6, "more": 4}
+
+
+def test_another_number_of_processes_goes_on_with_the_same_clips():
+    settings = mixed()
+    for entry in settings.data.mixture.values():
+        entry.batch_size = 2
+    _, state = batches(settings, 3)
+    expected, _ = batches(settings, 8)
+    shares = [batches(settings, 5, i, 2, state)[0] for i in range(2)]
+    for step in range(5):
+        dealt = [row for share in shares for row in rows([share[step]])]
+        assert sorted(dealt) == sorted(rows([expected[3 + step]]))
+
+
+def test_a_changed_source_is_not_gone_on_with():
+    _, state = batches(config(), 2)
+    with pytest.raises(UserError, match=r'"train": 10.* clips at the checkpoint, .*"train": 11'):
+        loader(config(**{"synthetic.num_clips": 11})).set_state(state)
 
 
 def rows(found):
@@ -100,9 +151,9 @@ def test_processes_deal_out_the_stream_of_one():
 
 
 def test_an_epoch_is_a_permutation_and_the_next_one_differs():
-    settings = config(batch_size=10, hflip=0.0, reverse=0.0, num_frames=5)
-    source = make_train_source(settings)
-    names = {source.read(i, [0])[0].tobytes(): i for i in range(10)}
+    settings = config(**{"augment.hflip": 0.0}, batch_size=10, reverse=0.0, num_frames=5)
+    source = make_parts(settings)[0].source
+    names = {source.read(i, [0], ())[0].tobytes(): i for i in range(10)}
     epochs = [[names[x.tobytes()] for x in b.images[:, :1]] for b in batches(settings, 3)[0]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -115,70 +166,106 @@ def test_seed_changes_the_batches():
 
 
 def test_flip_and_reverse_happen():
-    settings = config(batch_size=10, num_frames=5, hflip=0.0, reverse=0.0)
-    plain = set(rows(batches(settings, 1)[0]))
-    for key in ("hflip", "reverse"):
-        changed = batches(config(batch_size=10, num_frames=5, **{"hflip": 0.0, "reverse": 0.0}
-                                 | {key: 1.0}), 1)[0][0].images  # fmt: skip
-        undone = changed[:, :, :, ::-1] if key == "hflip" else changed[:, ::-1]
+    still = {"augment.hflip": 0.0, "reverse": 0.0, "num_frames": 5, "batch_size": 10}
+    plain = set(rows(batches(config(**still), 1)[0]))
+    for key in ("augment.hflip", "reverse"):
+        changed = batches(config(**still | {key: 1.0}), 1)[0][0].images
+        undone = changed[:, ::-1] if key == "reverse" else changed[:, :, :, ::-1]
         assert {np.ascontiguousarray(x).tobytes() for x in undone} == plain
 
 
 def test_evaluation_clips_are_others_and_do_not_depend_on_the_seed():
     settings, other = config(), config()
     other.seed = 6
-    held, train = make_eval_source(settings), make_train_source(settings)
-    assert (len(held), held.video(0).num_frames) == (3, 5)
-    np.testing.assert_array_equal(held.read(0, [0])[0], make_eval_source(other).read(0, [0])[0])
-    seen = {train.read(i, [0])[0].tobytes() for i in range(10)}
-    assert not seen & {held.read(i, [0])[0].tobytes() for i in range(3)}
+    held, again = make_eval_source(settings), make_eval_source(other)
+    train = make_parts(settings)[0].source
+    assert held and again and (len(held), held.video(0).num_frames) == (3, 5)
+    np.testing.assert_array_equal(held.read(0, [0], ())[0], again.read(0, [0], ())[0])
+    seen = {train.read(i, [0], ())[0].tobytes() for i in range(10)}
+    assert not seen & {held.read(i, [0], ())[0].tobytes() for i in range(3)}
 
 
 def test_folders(davis, flat):
     settings = config(source="folder", root=str(davis))
     batch = batches(settings, 1)[0][0]
     assert batch.images.shape == (4, 3, 32, 32, 3) and batch.valid[:, 0].all()
-    assert len(make_eval_source(settings)) == 1
-    apart = config(source="folder", root=str(davis), eval_root=str(flat))
-    assert len(make_eval_source(apart)) == 3
+    evaluated = make_eval_source(settings)
+    assert evaluated and len(evaluated) == 1
+    apart = make_eval_source(config(source="folder", root=str(davis), eval_root=str(flat)))
+    assert apart and len(apart) == 3
+
+
+def test_evaluation_is_left_out_where_there_is_nothing_for_it():
+    settings = mixed()
+    settings.data.source = "folder"
+    assert make_eval_source(settings) is None
 
 
 def test_tfds_with_a_folder_as_root_reads_the_folder(davis):
     settings = davis_config.get_config("nano")
     settings.data.root = str(davis)
     settings = finish(settings)
-    assert (len(make_train_source(settings)), len(make_eval_source(settings))) == (2, 1)
+    evaluated = make_eval_source(settings)
+    assert len(make_parts(settings)[0].source) == 2 and evaluated and len(evaluated) == 1
 
 
 def test_what_is_wrong_is_named(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="config.data.source is 'cloud'"):
-        make_train_source(config(source="cloud"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(UserError, match="no prepared davis/480p"):
         make_eval_source(config(source="tfds"))
-    with pytest.raises(UserError, match="config.data.batch_size is 4.*3 process"):
-        make_train_loader(config(), make_train_source(config()), 0, 3)
+    with pytest.raises(UserError, match="config.data.batch_size of train is 4.*3 process"):
+        loader(config(), 0, 3)
+    settings = mixed()
+    settings.data.mixture.video.weight = 0.6
+    with pytest.raises(UserError, match="sum to 1.1"):
+        loader(settings)
+
+
+def cut_short(paths):
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:400])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_breaks_during_training_is_named(flat, workers):
     settings = config(source="folder", root=str(flat), workers=workers)
-    source = make_train_source(settings)
-    for path in flat.glob("JPEGImages/*/*.jpg"):
-        path.write_bytes(path.read_bytes()[:400])
-    iterator = iter(make_train_loader(settings, source))
-    with pytest.raises(UserError, match=r"\d+\.jpg cannot be decoded"):
-        next(iterator)
-    iterator.close()
+    stream = loader(settings)
+    cut_short(flat.glob("JPEGImages/*/*.jpg"))
+    with pytest.raises(UserError, match=r"\d+\.jpg"):
+        next(stream)
+    stream.close()
+
+
+def test_a_clip_that_breaks_is_replaced_if_asked_for(flat, capfd):
+    settings = config(source="folder", root=str(flat), on_error="skip", max_bad=1.0)
+    settings.data.eval_root = str(flat)  # all three clips are trained on
+    stream = loader(settings)
+    cut_short((flat / "JPEGImages" / "bee").glob("*.jpg"))
+    first = next(stream)
+    assert first.images.shape[0] == 4 and first.valid[:, 0].all()
+    again = loader(settings)  # opened anew, bee is found broken and left out
+    stream.close()
+    assert "another takes its place" in capfd.readouterr().err
+    assert again.get_state()["clips"] == {"train": 2}
+
+
+def test_too_many_broken_clips_stop_all_the_same(flat):
+    settings = config(source="folder", root=str(flat), on_error="skip", max_bad=0.01)
+    stream = loader(settings)
+    cut_short(flat.glob("JPEGImages/*/*.jpg"))
+    with pytest.raises(UserError, match=r"more than config\.data\.max_bad=0\.01"):
+        next(stream)
+    stream.close()
 
 
 TRAINER = """
-import json, multiprocessing, sys, time
-from ml_collections import ConfigDict
-from sam2_jax.data.pipeline import make_train_loader, make_train_source
-settings = ConfigDict(json.loads(sys.argv[1]))
-iterator = iter(make_train_loader(settings, make_train_source(settings)))
-next(iterator)
+import multiprocessing, time
+from configs import smoke
+from sam2_jax.data.catalogue import make_parts, make_train_loader
+settings = smoke.get_config()
+settings.data.workers = 1
+stream = make_train_loader(settings, make_parts(settings))
+next(stream)
 print(multiprocessing.active_children()[0].pid, flush=True)
 time.sleep(600)
 """
@@ -195,7 +282,7 @@ def running(pid):
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="looks into /proc")
 def test_workers_end_with_a_killed_trainer():
-    command = [sys.executable, "-c", TRAINER, config(workers=1).to_json()]
+    command = [sys.executable, "-c", TRAINER]
     root = pathlib.Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout

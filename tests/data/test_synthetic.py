@@ -14,22 +14,37 @@ def source(**changes):
     )
 
 
+def labels_of(index, frames, **changes) -> np.ndarray:
+    """Label maps of all objects, which never overlap."""
+    clip = source(**changes)
+    masks = clip.read(index, frames, (1, 2, 3))[1]
+    assert (masks.sum(1) <= 1).all()
+    return np.einsum("tohw,o->thw", masks.astype(np.uint8), np.arange(1, 4, dtype=np.uint8))
+
+
 def overlap(a, b):
     union = (a | b).sum()
     return (a & b).sum() / union if union else 1.0
 
 
 def test_deterministic_and_random_access():
-    frames, labels = source().read(4, range(5))
+    frames, masks = source().read(4, range(5), (1, 2))
     make_clip.cache_clear()
-    again, again_labels = source().read(4, [3, 1])
+    again, again_masks = source().read(4, [3, 1], (2,))
     np.testing.assert_array_equal(again, frames[[3, 1]])
-    np.testing.assert_array_equal(again_labels, labels[[3, 1]])
-    np.testing.assert_array_equal(source().labels(4, [3, 1]), again_labels)
+    np.testing.assert_array_equal(again_masks, masks[[3, 1], 1:])
+
+
+def test_objects_are_those_with_a_mask():
+    for index in range(10):
+        masks = np.any(source().read(index, range(16), (1, 2, 3))[1], axis=(2, 3))
+        for t in range(16):
+            assert source().objects(index, t) == tuple(np.flatnonzero(masks[t]) + 1)
 
 
 def test_no_two_clips_alike_over_indices_seeds_and_streams():
-    clips = [source(seed=s, stream=k).read(i, [0]) for s in (0, 1) for k in (0, 1) for i in (0, 1)]
+    sources = [source(seed=s, stream=k) for s in (0, 1) for k in (0, 1)]
+    clips = [rendered.read(i, [0], ()) for rendered in sources for i in (0, 1)]
     for a in range(len(clips)):
         for b in range(a):
             assert (clips[a][0] != clips[b][0]).mean() > 0.5
@@ -38,7 +53,7 @@ def test_no_two_clips_alike_over_indices_seeds_and_streams():
 def test_every_object_is_there_on_the_first_frame_and_labels_are_dense():
     numbers = set()
     for index in range(30):
-        labels = source().labels(index, range(16))
+        labels = labels_of(index, range(16))
         first = set(np.unique(labels[0])) - {0}
         assert first == set(range(1, len(first) + 1)) and first
         assert set(np.unique(labels)) - {0} == first
@@ -49,7 +64,7 @@ def test_every_object_is_there_on_the_first_frame_and_labels_are_dense():
 def test_objects_move_away_but_can_be_followed():
     standing, following = [], []
     for index in range(30):
-        labels = source().labels(index, range(16))
+        labels = labels_of(index, range(16))
         for label in range(1, labels[0].max() + 1):
             masks = labels == label
             standing += [overlap(masks[0], mask) for mask in masks[1:]]
@@ -63,7 +78,7 @@ def test_objects_move_away_but_can_be_followed():
 def test_some_objects_leave_and_return():
     returned = 0
     for index in range(30):
-        labels = source().labels(index, range(16))
+        labels = labels_of(index, range(16))
         for label in range(1, labels[0].max() + 1):
             seen = (labels == label).any((1, 2))
             returned += bool((~seen).any() and seen[np.argmin(seen) :].any())
@@ -73,19 +88,19 @@ def test_some_objects_leave_and_return():
 def test_objects_differ_from_their_background():
     differences = []
     for index in range(30):
-        frames, labels = source().read(index, [0])
+        frames, labels = source().read(index, [0], ())[0], labels_of(index, [0])
         inside, outside = frames[0][labels[0] > 0], frames[0][labels[0] == 0]
         differences.append(np.abs(inside.mean(0) - outside.mean(0)).max())
     assert np.mean(np.array(differences) > 15) > 0.9  # levels of 255, grain has 4
 
 
 def test_same_scene_at_every_resolution():
-    small, large = source().labels(2, [0, 9]), source(size=128).labels(2, [0, 9])
+    small, large = labels_of(2, [0, 9]), labels_of(2, [0, 9], size=128)
     assert (small == large[:, ::2, ::2]).mean() > 0.97  # but for pixels on an edge
 
 
 def test_speed_scales_motion():
-    still, labels = source(speed=1e-6).labels(0, [0, 15])
+    still, labels = labels_of(0, [0, 15], speed=1e-6)
     assert (still == labels).all()
 
 

@@ -244,7 +244,12 @@ def tune_score(layer, hidden: list[torch.Tensor], kinds: list[str], first: bool)
 
 
 def tune_iou(layer, hidden: list[torch.Tensor], kinds: list[str]) -> None:
-    """Predictions before the sigmoid of mean zero and unit variance."""
+    """Predictions before the sigmoid of unit variance; of mean zero where masks compete.
+
+    That is on tracked frames, if there are any: prompted ones may have a single mask each, and
+    predictions so different that one mask would win all others.
+    """
     own = torch.cat([x for x, kind in zip(hidden, kinds, strict=True) if kind != "g"])
     layer.weight /= (own @ layer.weight.T).std(0)[:, None]
-    layer.bias.copy_(-(own @ layer.weight.T).mean(0))
+    tracked = [x for x, kind in zip(hidden, kinds, strict=True) if kind == "t"]
+    layer.bias.copy_(-((torch.cat(tracked) if tracked else own) @ layer.weight.T).mean(0))

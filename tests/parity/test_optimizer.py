@@ -94,7 +94,8 @@ def make_ours(params):
     config.train.steps = len(STEPS)
     rules = [rule[0] for rule in config.optim.learning_rate]
     config.optim.learning_rate = tuple(
-        (globs, rate, rate / 10) for globs, rate in zip(rules, (IMAGE_RATE, RATE), strict=True)
+        (selectors, ("cosine", rate, rate / 10))
+        for selectors, rate in zip(rules, (IMAGE_RATE, RATE), strict=True)
     )
     optimizer = optim.make_optimizer(train.make_optim_settings(config), params, "2.1")
 

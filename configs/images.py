@@ -1,0 +1,26 @@
+"""Images and their masks, no video: clicks and boxes on single frames.
+
+  --config.data.root=FOLDER with images/NAME.jpg and masks/NAME.png, or masks/NAME/*.png
+  --config.data.source=coco --config.data.root=IMAGES --config.data.instances.annotations=JSON
+  --config.data.source=sa1b --config.data.root=FOLDER
+
+Only the image side of the model is trained: what is of memory keeps its weights, so that the
+result still tracks. Evaluation needs clips: --config.data.eval_root=DAVIS.
+"""
+
+from typing import Any
+
+from configs import default
+
+
+def get_config(variant: str = "tiny") -> Any:
+    """Batches of images, many objects each."""
+    c = default.get_config(variant)
+    if variant == "nano":
+        default.from_nothing_on_cpu(c)
+    c.data.source = "pictures"
+    c.data.num_frames = 1
+    c.data.batch_size = 4
+    c.data.max_objects = 8
+    c.train.steps = 5_000
+    return c

@@ -1,0 +1,21 @@
+"""YouTube-VOS 2019: flat folders in which every fifth frame has a mask.
+
+  --config.data.root=YTVOS/train --config.checkpoint.init_from=sam2.1_hiera_tiny.pt
+
+The training set as it is handed out has only the frames with masks. Of its full-frame version
+(train_all_frames) take every fifth: --config.data.folder.annotated_every=5.
+"""
+
+from typing import Any
+
+from configs import default
+
+
+def get_config(variant: str = "tiny") -> Any:
+    """Fine-tuning at the defaults, over clips about three times in all."""
+    c = default.get_config(variant)
+    c.data.reverse = 0.5  # masks are five frames apart: motion is large either way
+    c.train.steps = 10_000
+    if variant == "nano":
+        default.from_nothing_on_cpu(c)
+    return c

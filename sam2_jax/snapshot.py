@@ -1,0 +1,79 @@
+"""The state of a run to and from its checkpoints, LoRA's small ones among them."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from sam2_jax import base as bases
+from sam2_jax import checkpoint, lora, optim, partition, train
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: train.State,
+    optimizer: optim.Optimizer,
+    data: dict[str, Any],
+    base: bases.Base | None = None,
+) -> None:
+    """Starts to write checkpoint `step`; of a run with a `base` the trained parameters alone."""
+    params = train.split_params(state.params, optimizer)[0] if base else state.params
+    rest = {"step": state.step, "moments": state.opt_state}
+    checkpoint.save(manager, step, params, rest, data, state.ema, base)
+
+
+def restore(
+    workdir: pathlib.Path,
+    step: int,
+    like: train.State,
+    optimizer: optim.Optimizer,
+    frozen: train.Params | None = None,
+) -> tuple[train.State, dict[str, Any]]:
+    """(state, position in the data) of checkpoint `step`, laid out as `like` says.
+
+    `frozen` are the parameters that a LoRA run's checkpoints leave out. A moving average that the
+    checkpoint lacks begins as a copy. Raises `UserError` where arrays differ.
+    """
+    wanted = like.params if frozen is None else train.split_params(like.params, optimizer)[0]
+    rest = {"step": like.step, "moments": like.opt_state}
+    params, rest, data = checkpoint.restore(workdir, step, wanted, rest)
+    params = partition.join(frozen or {}, params)
+    ema = None
+    if like.ema is not None:
+        ema = checkpoint.restore_ema(workdir, step, like.ema)
+        if ema is None:
+            ema = train.begin_ema(params, optimizer)
+    return train.State(rest["step"], params, rest["moments"], ema), data
+
+
+def load_base(config: Any, like: train.Params) -> tuple[train.Params, bases.Base]:
+    """The weights of `checkpoint.init_from` that LoRA adapts, and what is to be known of them."""
+    like, _ = partition.split(like, lambda path: not lora.is_lora(path))
+    found = checkpoint.check_init(config.checkpoint.init_from, like).resolve()
+    params = checkpoint.load_init(found, like)
+    return params, bases.Base(str(found), bases.fingerprint(params), config.lora.rules)
+
+
+def frozen_of_base(
+    config: Any,
+    workdir: pathlib.Path,
+    step: int,
+    params: train.Params,
+    optimizer: optim.Optimizer,
+) -> train.Params:
+    """What checkpoint `step` leaves out, of `params`; `UserError` if it was made upon others."""
+    if before := bases.read(workdir / checkpoint.CHECKPOINTS / str(step)):
+        bases.check(before, params, config.checkpoint.init_from, "checkpoint.init_from")
+    return train.split_params(params, optimizer)[1]
+
+
+def with_adapters(config: Any, params: train.Params, like: train.Params) -> train.Params:
+    """Parameters with new adapters beside their kernels, laid out as `like` says."""
+    wanted, _ = partition.split(like, lora.is_lora)
+    layout = jax.tree.map(lambda x: x.sharding, wanted)
+    shapes = jax.eval_shape(lambda: params)
+    init = functools.partial(lora.init, shapes=shapes, rules=config.lora.rules)
+    return partition.join(params, jax.jit(init, out_shardings=layout)(jax.random.key(config.seed)))
