@@ -1,7 +1,11 @@
-"""Cells under a microscope: many small objects that touch, divide, enter and leave.
+r"""Cells under a microscope: many small objects that touch, divide, enter and leave.
 
---config.data.root=FOLDER as JPEGImages/CLIP/*.png and Annotations/CLIP/*.png (16-bit masks for
-more than 255 cells)
+  python scripts/train.py --config=configs/cells.py:tiny --config.data.root=FOLDER \
+      --config.checkpoint.init_from=sam2.1_hiera_tiny.pt
+
+FOLDER holds JPEGImages/CLIP/*.png and Annotations/CLIP/*.png (16-bit masks for more than 255
+cells). The last tenth of the clips, at least one, is held back to evaluate on. Of a single clip
+none can be: name others with --config.data.eval_root.
 """
 
 from typing import Any

@@ -1,8 +1,10 @@
-"""CT and other volumes, slices taken for frames.
+r"""CT and other volumes, slices taken for frames.
 
-  --config.data.source=volumes --config.data.root=FOLDER of .npz with `imgs` and `gts`
-  --config.data.root=FOLDER of JPEGImages/VOLUME/*.png and Annotations/VOLUME/*.png
+  python scripts/train.py --config=configs/ct.py:tiny --config.data.root=FOLDER \
+      --config.checkpoint.init_from=sam2.1_hiera_tiny.pt
 
+FOLDER holds JPEGImages/VOLUME/*.png and Annotations/VOLUME/*.png; or .npz files with `imgs` and
+`gts`, with --config.data.source=volumes and, to evaluate at all, --config.data.eval_root=CLIPS.
 Window the intensities to 8 bits before: what is not in the window is not in the picture.
 """
 

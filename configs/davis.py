@@ -1,4 +1,11 @@
-"""DAVIS 2017: a folder with `--config.data.root=DIR`, without one TensorFlow Datasets' copy."""
+r"""DAVIS 2017, or 2016.
+
+  python scripts/train.py --config=configs/davis.py:tiny --config.data.root=DAVIS \
+      --config.checkpoint.init_from=sam2.1_hiera_tiny.pt
+
+Without --config.data.root TensorFlow Datasets' copy is read, if that has been prepared. Trained on
+the train list, evaluated on the val list.
+"""
 
 from typing import Any
 

@@ -78,6 +78,9 @@ def get_config(variant: str = "tiny") -> Any:
     c.train.log_every = 10
     c.train.eval_every = 1_000  # 0: only at the end
     c.train.precision = "bfloat16"  # of the computation; state and losses are float32
+    c.train.not_finite = "stop"  # at a loss or gradient that is not, or skip the update
+    c.train.max_skipped = 10  # so many skipped in a row, then stop
+    c.train.profile_steps = ()  # first and last step of a trace for TensorBoard's profile tab
     c.train.remat = "frame"  # what to recompute in the backward pass: none, frame or full
     c.train.accumulate = 1  # parts that a batch is worked off in, one after the other, for memory
     c.train.ema_decay = 0.0  # of a moving average of the parameters, which is evaluated; 0: none
@@ -94,7 +97,11 @@ def get_config(variant: str = "tiny") -> Any:
     c.checkpoint = ConfigDict()
     c.checkpoint.init_from = ""  # a workdir, .pt or .safetensors to start from; empty: random
     c.checkpoint.every_steps = 500
-    c.checkpoint.keep = 2
+    c.checkpoint.keep = 2  # the last ones
+    c.checkpoint.keep_every = 0  # and those of every so many steps; 0: none
+    c.checkpoint.keep_best = 1  # and so many of the best
+    c.checkpoint.best = "eval/J&F"  # by this metric of the evaluation
+    c.checkpoint.best_is_lowest = False
 
     c.eval = ConfigDict()
     c.eval.max_clips = 0  # 0: all
@@ -173,6 +180,7 @@ def source() -> Any:
 def plain(s: Any) -> None:
     """No augmentation but mirroring."""
     s.augment.degrees = s.augment.shear = s.augment.grayscale = 0.0
+    s.augment.mosaic = s.augment.noise = s.augment.blur = 0.0
     s.augment.jitter = s.augment.frame_jitter = (0.0, 0.0, 0.0)
 
 

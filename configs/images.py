@@ -1,11 +1,13 @@
-"""Images and their masks, no video: clicks and boxes on single frames.
+r"""Images and their masks, no video: clicks and boxes on single frames.
 
-  --config.data.root=FOLDER with images/NAME.jpg and masks/NAME.png, or masks/NAME/*.png
+  python scripts/train.py --config=configs/images.py:tiny --config.data.root=FOLDER \
+      --config.checkpoint.init_from=sam2.1_hiera_tiny.pt --config.data.eval_root=DAVIS
+
+FOLDER holds images/NAME.jpg and masks/NAME.png, or masks/NAME/*.png, one for each object. Else
   --config.data.source=coco --config.data.root=IMAGES --config.data.instances.annotations=JSON
   --config.data.source=sa1b --config.data.root=FOLDER
-
 Only the image side of the model is trained: what is of memory keeps its weights, so that the
-result still tracks. Evaluation needs clips: --config.data.eval_root=DAVIS.
+result still tracks. Evaluation needs clips, eval_root; without it there is none.
 """
 
 from typing import Any

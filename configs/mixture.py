@@ -1,8 +1,11 @@
-"""SA-V's videos and SA-1B's images, as SAM 2 was trained on both: frames in turn 8 and 1.
+r"""SA-V's videos and SA-1B's images, as SAM 2 was trained on both: frames in turn 8 and 1.
 
-Give both folders, and one to evaluate on:
-  --config.data.mixture.sav.root=SAV --config.data.mixture.sa1b.root=SA1B
-  --config.data.eval_root=DAVIS
+  python scripts/train.py --config=configs/mixture.py:tiny --config.data.mixture.sav.root=SAV \
+      --config.data.mixture.sa1b.root=SA1B --config.data.eval_root=DAVIS \
+      --config.checkpoint.init_from=sam2.1_hiera_tiny.pt
+
+The batch of a step comes from one source: --config.data.mixture.sav.batch_size and .sa1b.batch_size
+count over all devices, at least one for each.
 """
 
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 from configs import default
 
 
-def get_config(variant: str = "base_plus") -> Any:
+def get_config(variant: str = "tiny") -> Any:
     """Shares of the steps as of the two public sets in the paper's mixture (arXiv 2408.00714 D.2).
 
     Any other source is added as another entry, each with its own frames, objects, batch size and
@@ -28,6 +31,8 @@ def get_config(variant: str = "base_plus") -> Any:
     image.instances.max_area = 0.9  # masks that cover nearly the whole image teach little
     c.data.mixture.sav = video
     c.data.mixture.sa1b = image
+    c.train.steps = 50_000
+    c.train.eval_every = 2_500
     if variant == "nano":
         default.from_nothing_on_cpu(c)
         for entry in (video, image):

@@ -1,13 +1,17 @@
-"""MOSE: the reference's own fine-tuning recipe, number for number.
+r"""MOSE: the reference's own fine-tuning recipe, number for number.
 
-  --config.data.root=MOSE/train --config.checkpoint.init_from=sam2.1_hiera_base_plus.pt
+  python scripts/train.py --config=configs/mose.py:base_plus --config.data.root=MOSE/train \
+      --config.checkpoint.init_from=sam2.1_hiera_base_plus.pt
 
+It is one for eight devices with a clip on each. On fewer the same updates come from
+--config.train.accumulate=8 (divided by the number of devices).
 MOSE's validation masks are not public, and the reference holds 200 training videos back: give the
 names of those to train on with --config.data.include=LIST, and a folder of others with
 --config.data.eval_root; without either the last tenth of the clips is held back.
 Source: facebookresearch/sam2@2b90b9f sam2.1_hiera_b+_MOSE_finetune.yaml.
 """
 
+import math
 from typing import Any
 
 from configs import default
@@ -23,8 +27,8 @@ def get_config(variant: str = "base_plus") -> Any:
     c = default.get_config(variant)
     c.data.batch_size = DEVICES
     c.data.multiplier = float(MULTIPLIER)
-    # drop_last leaves out what does not fill a batch
-    c.train.steps = EPOCHS * (MULTIPLIER * CLIPS // DEVICES)
+    # Its sampler repeats a few clips, so that all devices have as many: an epoch is rounded up
+    c.train.steps = EPOCHS * math.ceil(MULTIPLIER * CLIPS / DEVICES)
     if variant == "nano":
         default.from_nothing_on_cpu(c)
     return c

@@ -1,9 +1,12 @@
-"""YouTube-VOS 2019: flat folders in which every fifth frame has a mask.
+r"""YouTube-VOS 2019: flat folders in which every fifth frame has a mask.
 
-  --config.data.root=YTVOS/train --config.checkpoint.init_from=sam2.1_hiera_tiny.pt
+  python scripts/train.py --config=configs/ytvos.py:tiny --config.data.root=YTVOS/train \
+      --config.checkpoint.init_from=sam2.1_hiera_tiny.pt
 
 The training set as it is handed out has only the frames with masks. Of its full-frame version
-(train_all_frames) take every fifth: --config.data.folder.annotated_every=5.
+(train_all_frames) take every fifth: --config.data.folder.annotated_every=5. The masks of the
+validation set are not public: the last tenth of the clips is held back, or name a folder of others
+with --config.data.eval_root.
 """
 
 from typing import Any

@@ -6,15 +6,19 @@ one, `ema` (the moving average of the trained parameters). A LoRA run's `params`
 ones alone; its item `lora` says where the others are (see base.py).
 """
 
+import contextlib
+import errno
 import functools
 import json
 import os
 import pathlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 
 from sam2_jax import arrays, convert, lora, partition, sharding, weights
 from sam2_jax import base as bases
@@ -28,10 +32,68 @@ MEND = "put back what scripts/train.py wrote, or delete it to go on with the set
 BASE = "--base"  # flag of scripts, for where the weights under a LoRA run are now
 
 
-def make_manager(workdir: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-    """Orbax manager of `workdir/checkpoints`, asynchronous, which keeps the last `keep` steps."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+class Keep(NamedTuple):
+    """Which checkpoints stay."""
+
+    last: int
+    every: int = 0  # and those of these steps' multiples; 0: none
+    best: int = 0  # and so many of the best by a metric of the evaluation
+    metric: str = "eval/J&F"
+    lowest: bool = False  # the best is the lowest, of losses
+
+
+def make_keep(config: Any) -> Keep:
+    """From the config's `checkpoint` section."""
+    c = config.checkpoint
+    return Keep(c.keep, c.keep_every, c.keep_best, c.best, c.best_is_lowest)
+
+
+def make_manager(workdir: pathlib.Path, keep: Keep) -> ocp.CheckpointManager:
+    """Orbax manager of `workdir/checkpoints`, asynchronous; what `keep` does not name goes."""
+
+    def value(metrics: dict[str, float]) -> float:
+        return metrics[keep.metric]
+
+    policies: list[managers.PreservationPolicy] = [managers.LatestN(keep.last)]
+    if keep.every:
+        policies.append(managers.EveryNSteps(keep.every))
+    if keep.best:
+        best = managers.BestN(
+            get_metric_fn=value,
+            reverse=keep.lowest,
+            n=keep.best,
+            keep_checkpoints_without_metrics=False,
+        )
+        policies.append(best)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=managers.AnyPreservationPolicy(policies),
+        best_fn=value if keep.best else None,
+        best_mode="min" if keep.lowest else "max",
+        cleanup_tmp_directories=True,
+    )
     return ocp.CheckpointManager((workdir / CHECKPOINTS).resolve(), options=options)
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Within it a checkpoint that cannot be written is a `UserError` that names the last good one.
+
+    To be around everything that saves or waits: Orbax tells of a failure in the background at the
+    next of these.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # Of a full disk tensorstore says ValueError, with the system's words in it
+        full = "No space left" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC
+        if isinstance(error, ValueError) and not full:
+            raise
+        good = latest_step(workdir)
+        last = "there is none yet" if good is None else f"the last whole one is of step {good}"
+        raise UserError(
+            f"{workdir / CHECKPOINTS}: a checkpoint could not be written "
+            f"({'the disk is full' if full else error}); {last}: make room, then start again"
+        ) from error
 
 
 def latest_step(workdir: pathlib.Path) -> int | None:
@@ -52,11 +114,12 @@ def save(
     data: dict[str, Any],
     ema: Tree | None = None,
     base: bases.Base | None = None,
+    metrics: dict[str, float] | None = None,
 ) -> None:
     """Starts to write checkpoint `step`; arrays may be donated as soon as this returns.
 
     `data` is what is to be known of the data, of JSON's types, equal on all processes. With a
-    `base`, `params` are the parameters that are not in it.
+    `base`, `params` are the parameters that are not in it. `metrics` are of an evaluation.
     """
     items: dict[str, Any] = {
         "params": ocp.args.StandardSave(params),
@@ -67,7 +130,7 @@ def save(
         items[EMA] = ocp.args.StandardSave(ema)
     if base is not None:
         items[bases.ITEM] = ocp.args.JsonSave(base._asdict())
-    manager.save(step, args=ocp.args.Composite(**items))
+    manager.save(step, metrics=metrics or None, args=ocp.args.Composite(**items))
 
 
 def restore(

@@ -1,4 +1,4 @@
-"""From a command line to a checked config: the only file that knows all keys.
+"""From a command line to a checked config (see config_checks.py for the checks).
 
 A script defines its flags, then calls `run(main)`; `main(config)` gets a locked ConfigDict.
 Whatever the user can mend ends as one line `error: ...` with exit status 2, flags included.
@@ -11,190 +11,16 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from sam2_jax import lora, methods
-from sam2_jax.data.catalogue import KINDS
-from sam2_jax.data.mixture import INTERLEAVE, RANDOM
-from sam2_jax.data.sources import SKIP, STOP
-from sam2_jax.metrics import SCORED
+from sam2_jax.config_checks import Config, check, flat_keys, one_of
 from sam2_jax.model.variants import VARIANTS
+from sam2_jax.reports import read_report
 from sam2_jax.rules import nearest
 from sam2_jax.types import UserError
-
-Config = Any  # a ConfigDict, of whose attributes a type checker knows nothing
-PRECISIONS = ("float32", "bfloat16")
-REMATS = ("none", "frame", "full")
-VERSIONS = ("2.0", "2.1")
-STRIDE = 32  # of the trunk's coarsest level
-
-_PROBABILITIES = (
-    "prompts.prob_points",
-    "prompts.prob_box",
-    "prompts.prob_from_truth",
-    "data.max_bad",
-    "optim.layer_decay",
-    "optim.layer_decay_min",
-    "model.attention_dropout",
-    "model.dropout",
-    "model.drop_path",
-)
-_AT_LEAST = {
-    "data.workers": 0,
-    "data.phases_per_epoch": 1,
-    "prompts.max_cond_frames": 1,
-    "prompts.max_corrected_frames": 1,
-    "prompts.corrections": 0,
-    "optim.warmup_steps": 0,
-    "train.steps": 1,
-    "train.log_every": 1,
-    "train.eval_every": 0,
-    "train.accumulate": 1,
-    "checkpoint.every_steps": 1,
-    "checkpoint.keep": 1,
-    "eval.max_clips": 0,
-    "eval.max_frames": 0,
-}
-_SOURCE_AT_LEAST = {
-    "num_frames": 1,
-    "max_objects": 1,
-    "batch_size": 1,
-    "min_stride": 1,
-    "augment.degrees": 0,
-    "augment.shear": 0,
-    "augment.noise": 0,
-    "augment.blur": 0,
-    "folder.sample_rate": 1,
-    "folder.annotated_every": 1,
-    "sav.ann_every": 1,
-    "synthetic.num_clips": 1,
-    "synthetic.max_objects": 1,
-    "synthetic.eval_clips": 1,
-    "synthetic.eval_frames": SCORED,
-}
-_SOURCE_PROBABILITIES = (
-    "reverse",
-    "later_objects",
-    "augment.hflip",
-    "augment.vflip",
-    "augment.mosaic",
-    "augment.grayscale",
-)
-_POSITIVE = ("optim.clip_norm",)
-
-
-def flat_keys(config: Config, prefix: str = "") -> dict[str, Any]:
-    """Leaves of a config by dotted key."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat.update(flat_keys(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def one_of(key: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises `UserError`, which names the nearest choice, unless `value` is one of them."""
-    if value not in choices:
-        raise UserError(
-            f"{key}='{value}' is unknown: did you mean '{nearest(str(value), choices)}'? "
-            f"(of {', '.join(choices)})"
-        )
-
-
-def check_source(prefix: str, source: Config) -> None:
-    """Raises `UserError` for the first setting of a source of data that cannot work."""
-    flat = flat_keys(source)
-    one_of(f"{prefix}.source", source.source, KINDS)
-    for key, least in _SOURCE_AT_LEAST.items():
-        if flat[key] < least:
-            raise UserError(f"{prefix}.{key}={flat[key]} must be at least {least}")
-    for key in _SOURCE_PROBABILITIES:
-        if not 0 <= flat[key] <= 1:
-            raise UserError(f"{prefix}.{key}={flat[key]} must be between 0 and 1")
-    for key in ("multiplier", "synthetic.speed"):
-        if not flat[key] > 0:
-            raise UserError(f"{prefix}.{key}={flat[key]} must be greater than 0")
-    if source.max_stride < source.min_stride:
-        raise UserError(
-            f"{prefix}.max_stride={source.max_stride} must be at least {prefix}.min_stride="
-            f"{source.min_stride}"
-        )
-    for key, length in (("scale", 2), ("jitter", 3), ("frame_jitter", 3), ("fill", 3)):
-        value = source.augment[key]
-        if len(value) != length or min(value) < 0:
-            raise UserError(
-                f"{prefix}.augment.{key}={value} must be {length} numbers of at least 0"
-            )
-    if not 0 < source.augment.scale[0] <= source.augment.scale[1]:
-        raise UserError(f"{prefix}.augment.scale={source.augment.scale} must be 0 < least <= most")
-
-
-def check(config: Config) -> None:
-    """Raises `UserError` for the first value that cannot work. Touches no file, no device."""
-    flat = flat_keys(config)
-    one_of("model.variant", config.model.variant, tuple(VARIANTS))
-    one_of("model.version", config.model.version, VERSIONS)
-    one_of("data.on_error", config.data.on_error, (STOP, SKIP))
-    one_of("data.draw", config.data.draw, (INTERLEAVE, RANDOM))
-    if config.data.phases_per_epoch > 1 and config.data.draw != RANDOM:
-        raise UserError(
-            f"data.phases_per_epoch={config.data.phases_per_epoch} divides the epochs of "
-            f"data.draw={RANDOM}; {config.data.draw} has none to divide: take 1"
-        )
-    check_source("data", config.data)
-    for name, entry in config.data.mixture.items():
-        check_source(f"data.mixture.{name}", entry)
-    one_of("train.precision", config.train.precision, PRECISIONS)
-    one_of("train.remat", config.train.remat, REMATS)
-    resolution = config.model.resolution
-    if resolution < STRIDE or resolution % STRIDE:
-        near = max(STRIDE, round(resolution / STRIDE) * STRIDE)
-        raise UserError(
-            f"model.resolution={resolution} must be a multiple of {STRIDE}: take {near}"
-        )
-    for key, least in _AT_LEAST.items():
-        if flat[key] < least:
-            raise UserError(f"{key}={flat[key]} must be at least {least}")
-    for key in _PROBABILITIES:
-        if not 0 <= flat[key] <= 1:
-            raise UserError(f"{key}={flat[key]} must be between 0 and 1")
-    for key in _POSITIVE:
-        if not flat[key] > 0:
-            raise UserError(f"{key}={flat[key]} must be greater than 0")
-    if 0 < config.eval.max_frames < SCORED:
-        raise UserError(
-            f"eval.max_frames={config.eval.max_frames} must be 0 (all) or at least {SCORED}: the "
-            "first and the last frame are not scored"
-        )
-    if config.mesh.model != 1:
-        raise UserError(
-            f"mesh.model={config.mesh.model}: one video is not split over devices yet: take 1"
-        )
-    if not 0 <= config.train.ema_decay < 1:
-        raise UserError(
-            f"train.ema_decay={config.train.ema_decay} must be at least 0 (no average) and below 1"
-        )
-    lora.check(config.lora.rules, config.lora.also_train)
-    if config.lora.rules and not config.checkpoint.init_from:
-        raise UserError(
-            "lora.rules adapts weights that there are: give them as checkpoint.init_from, or leave "
-            "lora.rules empty to train from random ones"
-        )
-    if config.prompts.max_corrected_frames < config.prompts.max_cond_frames:
-        raise UserError(
-            f"prompts.max_corrected_frames={config.prompts.max_corrected_frames} must be at least "
-            f"prompts.max_cond_frames={config.prompts.max_cond_frames}: prompted frames are "
-            "among the corrected ones"
-        )
-    options = {option: flat[f"optim.{option}"] for option in methods.OPTIONS}
-    methods.check_method(config.optim.name, options, config.optim.nesterov)
-    for key in ("optim.multiplier", "optim.layer_decay_overrides"):
-        methods.check_factors(key, flat[key])
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -236,9 +62,19 @@ def check_overrides(path: str, arguments: Sequence[str]) -> None:
             )
 
 
+def replay_command(report: pathlib.Path) -> list[str]:
+    """The arguments of the run that wrote a report of a bad step; see replay.py."""
+    return [str(argument) for argument in read_report(report)["command"]]
+
+
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's flag parser with every error as `UserError`, keys named as they were typed."""
-    path, rest = split_arguments(argv[1:])
+    given = list(argv[1:])
+    path, rest = split_arguments(given)
+    report = next((a.partition("=")[2] for a in rest if re.match(r"--?replay=.", a)), "")
+    if report and not path:  # what the bad step was started with, this run's own flags last
+        given = [*replay_command(pathlib.Path(report)), *given]
+        path, rest = split_arguments(given)
     wants_help = any(re.fullmatch(r"--?help(full|short|xml)?", argument) for argument in rest)
     if not path and not wants_help:
         raise UserError("--config=FILE.py[:VARIANT] is missing, e.g. --config=configs/smoke.py")

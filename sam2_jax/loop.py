@@ -5,24 +5,20 @@ checkpoint. So whatever a checkpoint says was done, is on record; what is later 
 and done again.
 """
 
-import math
+import contextlib
 import pathlib
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
 
 from sam2_jax import sharding
-from sam2_jax.records import Records
-from sam2_jax.train import Metrics, RandomKey, State, TrainStep, best_params
+from sam2_jax.progress import Clock, Display
+from sam2_jax.records import METRICS, Records, was_evaluated
+from sam2_jax.train import Metrics, RandomKey, State, TrainStep
 from sam2_jax.types import Batch, UserError
-
-SMOOTHED_STEPS = 50  # the bar shows the mean loss of so many: single steps differ by their prompts
 
 
 class LoopSettings(NamedTuple):
@@ -32,78 +28,84 @@ class LoopSettings(NamedTuple):
     log_every: int
     eval_every: int
     save_every: int
+    profile_steps: tuple[int, ...] = ()  # first and last step of a trace
+    max_skipped: int = 0  # so many steps in a row may be skipped for not being finite
+    save_at_eval: bool = False  # so that the best of what was evaluated can be kept
+    best: str = "eval/J&F"  # metric of the evaluation
+    best_is_lowest: bool = False
+
+
+class Hooks(NamedTuple):
+    """What the loop calls, all but `save` optional."""
+
+    save: Callable[[int, State, dict[str, float]], None]  # starts a checkpoint; latest evaluation
+    evaluate: Callable[[State, int], dict[str, float]] | None = None  # a row for metrics.jsonl
+    source_of: Callable[[int], str] | None = None  # of batch n, from 0, where there are several
+    clips_of: Callable[[int], list[str]] | None = None  # names of the clips of batch n
+    should_stop: Callable[[int], bool] | None = None  # after a step, the same on all processes
+    bad_step: Callable[[int, State, Batch, dict[str, float]], UserError] | None = None
+
+
+class Stopped(Exception):
+    """The run was asked to end and has saved where it was."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}, which is saved")
+        self.step = step
 
 
 def make_loop_settings(config: Any) -> LoopSettings:
     """From the config's `train` and `checkpoint` sections."""
     t = config.train
-    return LoopSettings(t.steps, t.log_every, t.eval_every, config.checkpoint.every_steps)
+    return LoopSettings(
+        steps=t.steps,
+        log_every=t.log_every,
+        eval_every=t.eval_every,
+        save_every=config.checkpoint.every_steps,
+        profile_steps=tuple(t.profile_steps),
+        max_skipped=t.max_skipped if t.not_finite == "skip" else 0,
+        save_at_eval=config.checkpoint.keep_best > 0,
+        best=config.checkpoint.best,
+        best_is_lowest=config.checkpoint.best_is_lowest,
+    )
 
 
-class Display:
-    """A progress bar on a terminal, a line per logged row elsewhere; silent if not `visible`."""
+class Profile:
+    """A trace of chosen steps, in `workdir/tensorboard`, for TensorBoard's profile tab."""
 
-    def __init__(self, done: int, total: int, visible: bool):
-        self._lines = visible and not sys.stderr.isatty()
-        self._total = total
-        self._losses: deque[float] = deque(maxlen=SMOOTHED_STEPS)
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            disable=not visible or self._lines,
-            dynamic_ncols=True,
-            unit="step",
-        )
+    def __init__(self, steps: tuple[int, ...], workdir: pathlib.Path):
+        self._steps, self._folder = steps, workdir / "tensorboard"
+        self._on = False
 
-    def step(self, loss: float) -> None:
-        """One more step is done."""
-        self._losses.append(loss)
-        mean = sum(self._losses) / len(self._losses)
-        self._bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
-        self._bar.update()
+    def before(self, step: int) -> None:
+        """Starts the trace if it is time."""
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
 
-    def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        if self._lines or not self._bar.disable:
-            tqdm.write(text)
-
-    def row(self, step: int, row: dict[str, float]) -> None:
-        """A row was logged."""
-        if self._lines:
-            rate = row["steps_per_second"]
-            left = (self._total - step) / rate if rate else math.inf
-            tqdm.write(
-                f"step {step}/{self._total}  loss {row['loss']:.3f}  "
-                f"{rate:.2f} steps/s  {left / 60:.1f} min left"
-            )
-            sys.stdout.flush()
+    def after(self, step: int, state: State) -> None:
+        """Ends the trace if it is time, once the device is done."""
+        if self._on and step >= self._steps[-1]:
+            jax.block_until_ready(state.step)
+            self.close()
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
-        self._bar.close()
+        """Writes what there is."""
+        if self._on:
+            jax.profiler.stop_trace()
+        self._on = False
 
 
-class Clock:
-    """Steps per second since the last reading, pauses left out."""
+class Worst:
+    """The batches of the highest loss, so that someone can look at them."""
 
-    def __init__(self):
-        self._start = time.perf_counter()
-        self._steps = 0
+    def __init__(self, keep: int = 10):
+        self._keep = keep
+        self.rows: list[tuple[float, int, list[str]]] = []
 
-    def tick(self) -> None:
-        """One step is done."""
-        self._steps += 1
-
-    def read(self) -> float:
-        """Steps per second since the last reading or `restart`."""
-        now = time.perf_counter()
-        rate = self._steps / max(now - self._start, 1e-9)
-        self._start, self._steps = now, 0
-        return rate
-
-    def restart(self) -> None:
-        """After a pause: forget the time and the steps."""
-        self._start, self._steps = time.perf_counter(), 0
+    def see(self, loss: float, step: int, clips: list[str]) -> None:
+        """One more batch."""
+        self.rows = sorted([*self.rows, (loss, step, clips)], reverse=True)[: self._keep]
 
 
 def run_loop(
@@ -115,78 +117,99 @@ def run_loop(
     mesh: Mesh,
     *,
     workdir: pathlib.Path,
-    save: Callable[[int, State], None],
-    evaluate: Callable[[Any, int], dict[str, float]] | None = None,
-    source_of: Callable[[int], str] | None = None,
+    hooks: Hooks,
 ) -> State:
     """Trains from `state.step` to `settings.steps` and returns the last state.
 
-    `save(step, state)` starts a checkpoint, `evaluate(params, step)` gives rows for
-    metrics.jsonl; `source_of(n)` names the source of batch n, counted from 0, where there are
-    several, and the loss of each is logged as `SOURCE/loss`. Only process 0 writes and shows.
-    Metrics of step n are read once step n+1 is launched, so that the device never waits for the
-    host. Raises `UserError` where the loss is
-    not finite, before anything of that step is saved.
+    Only process 0 writes and shows. Metrics of step n are read once step n+1 is launched, so that
+    the device never waits for the host. Of several sources the loss of each is also logged as
+    `SOURCE/loss`.
+
+    Raises:
+        UserError: of `hooks.bad_step`, where more steps in a row than allowed were not finite,
+            before anything of them is saved.
+        Stopped: `hooks.should_stop` said so; the step is saved.
     """
     done = int(state.step)
     leads = jax.process_index() == 0
     records = Records(workdir, done) if leads else None
     display = Display(done, settings.steps, leads)
-    clock = Clock()
+    profile = Profile(settings.profile_steps if leads else (), workdir)
+    worst, clock = Worst(), Clock()
     began = time.perf_counter()
 
-    def finish(step: int, metrics: Metrics) -> None:
+    def finish(step: int, metrics: Metrics, batch: Batch) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss of step {step} is {values['loss']}: lower optim.learning_rate, or "
-                "train.precision=float32; the last checkpoint is from before"
-            )
-        if source_of:
-            values[f"{source_of(step - 1)}/loss"] = values["loss"]
-        clock.tick()
+        if values.get("skipped_in_a_row", 0.0) > settings.max_skipped and hooks.bad_step:
+            raise hooks.bad_step(step, state, batch, values)
+        if hooks.source_of:
+            values[f"{hooks.source_of(step - 1)}/loss"] = values["loss"]
+        if hooks.clips_of and (not worst.rows or values["loss"] > worst.rows[-1][0]):
+            worst.see(values["loss"], step, hooks.clips_of(step - 1))
+        videos, frames = batch.images.shape[:2]
+        clock.tick(videos, videos * frames)
         display.step(values["loss"])
         if step == done + 1:
             display.say(f"compiled; first step done after {time.perf_counter() - began:.0f} s")
         if step == 1 or step == settings.steps or step % settings.log_every == 0:
-            row = values | {"steps_per_second": clock.read()}
+            row = values | clock.read()
             display.row(step, row)
             if records:
                 records.write(step, row)
         if step == done + 1:
             clock.restart()  # what follows is not slowed by compilation
 
-    pending: tuple[int, Metrics] | None = None
-    try:
+    def evaluate(step: int) -> dict[str, float]:
+        if not hooks.evaluate:
+            return {}
+        try:
+            row = hooks.evaluate(state, step)
+        except UserError:
+            hooks.save(step, state, {})  # what was learnt is not lost to a bad evaluation set
+            raise
+        if records:
+            records.write(step, row)
+            records.best(step, row, settings.best, settings.best_is_lowest)
+        return row
+
+    def due(step: int) -> bool:
+        regular = settings.eval_every and step % settings.eval_every == 0
+        return bool(hooks.evaluate and (regular or step == settings.steps))
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(display.close)
+        stack.callback(profile.close)
+        if records:
+            stack.callback(records.close)
+            stack.callback(lambda: records.worst(worst.rows))
+        if done and due(done) and not was_evaluated(workdir / METRICS, done):
+            evaluate(done)
+        pending: tuple[int, Metrics, Batch] | None = None
         for step in range(done + 1, settings.steps + 1):
-            state, metrics = step_fn(state, sharding.put_batch(next(batches), mesh), run_key)
+            asked = time.perf_counter()
+            batch = sharding.put_batch(next(batches), mesh)
+            clock.wait(time.perf_counter() - asked)
+            profile.before(step)
+            state, metrics = step_fn(state, batch, run_key)
+            profile.after(step, state)
             if pending:
                 finish(*pending)
-            pending = (step, metrics)
+            pending = (step, metrics, batch)
             last = step == settings.steps
-            evaluates = evaluate and (
-                last or (settings.eval_every and step % settings.eval_every == 0)
-            )
-            saves = last or step % settings.save_every == 0
+            stops = bool(hooks.should_stop and hooks.should_stop(step))
+            evaluates = due(step) and (last or not stops)  # else made up for at the next start
+            saves = last or stops or step % settings.save_every == 0
+            saves = saves or (evaluates and settings.save_at_eval)
             if not (evaluates or saves):
                 continue
             finish(*pending)
             pending = None
-            if evaluates and evaluate:
-                try:
-                    row = evaluate(best_params(state), step)
-                except UserError:
-                    save(step, state)  # what was learnt is not lost to a bad evaluation set
-                    raise
-                if records:
-                    records.write(step, row)
+            row = evaluate(step) if evaluates else {}
             if saves:
                 if records:
                     records.sync()
-                save(step, state)
+                hooks.save(step, state, row)
+            if stops and not last:
+                raise Stopped(step)
             clock.restart()
-    finally:
-        display.close()
-        if records:
-            records.close()
     return state

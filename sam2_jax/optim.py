@@ -7,7 +7,7 @@ values of all options form a group.
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -183,15 +183,25 @@ def make_optimizer(settings: OptimSettings, shapes: Tree, version: str) -> Optim
     if not options:
         raise UserError(f"optim.frozen={s.frozen!r} leaves nothing to train: take fewer globs")
     method = methods.METHODS[s.name]
+    activity_of = {path: activity[kind][0] for path, kind in zip(paths, kinds, strict=True)}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        label: updates.update_leaves(
+            lambda values: method.direction(values, s.nesterov), of, scales, activity_of
+        )
+        for label, of in options.items()
+    }
+
+    def label_tree(tree: Tree) -> Tree:
+        return jax.tree_util.tree_map_with_path(lambda keys, _: labels[path_of(keys)], tree)
+
+    def frozen_tree(tree: Tree) -> Tree:
+        return jax.tree.map(lambda label: label == FROZEN, label_tree(tree))
+
+    # The clip is outside `partition`, hence over all groups; frozen gradients count in no norm
     tx = optax.chain(
-        updates.zero(lambda path: labels[path] == FROZEN),
+        optax.masked(optax.set_to_zero(), frozen_tree),
         updates.clip_by_global_norm(s.clip_norm),
-        updates.update_leaves(
-            lambda values: method.direction(values, s.nesterov),
-            {path: options[label] for path, label in labels.items() if label != FROZEN},
-            scales,
-            {path: activity[kind][0] for path, kind in zip(paths, kinds, strict=True)},
-        ),
+        optax.partition({FROZEN: optax.set_to_zero(), **transforms}, label_tree),
     )
     return Optimizer(
         tx, groups.logged_schedules(rules, s.steps, s.warmup_steps), labels, about, options, scales

@@ -129,3 +129,9 @@ def scatter(tree: Any, mesh: Mesh) -> Any:
     if mesh.shape["fsdp"] == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, mesh))
+
+
+def local_rows(x: Any) -> np.ndarray:
+    """This process's share of a batch's array, whose leading axis is split; see `put_batch`."""
+    rows = {shard.index[0].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
+    return np.concatenate([rows[start] for start in sorted(rows)])

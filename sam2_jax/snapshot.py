@@ -18,11 +18,17 @@ def save(
     optimizer: optim.Optimizer,
     data: dict[str, Any],
     base: bases.Base | None = None,
+    metrics: dict[str, float] | None = None,
 ) -> None:
     """Starts to write checkpoint `step`; of a run with a `base` the trained parameters alone."""
     params = train.split_params(state.params, optimizer)[0] if base else state.params
-    rest = {"step": state.step, "moments": state.opt_state}
-    checkpoint.save(manager, step, params, rest, data, state.ema, base)
+    rest = rest_of(state)
+    checkpoint.save(manager, step, params, rest, data, state.ema, base, metrics)
+
+
+def rest_of(state: train.State) -> dict[str, Any]:
+    """What a checkpoint's item `optimizer` holds."""
+    return {"step": state.step, "moments": state.opt_state, "skipped": state.skipped}
 
 
 def restore(
@@ -38,15 +44,14 @@ def restore(
     checkpoint lacks begins as a copy. Raises `UserError` where arrays differ.
     """
     wanted = like.params if frozen is None else train.split_params(like.params, optimizer)[0]
-    rest = {"step": like.step, "moments": like.opt_state}
-    params, rest, data = checkpoint.restore(workdir, step, wanted, rest)
+    params, rest, data = checkpoint.restore(workdir, step, wanted, rest_of(like))
     params = partition.join(frozen or {}, params)
     ema = None
     if like.ema is not None:
         ema = checkpoint.restore_ema(workdir, step, like.ema)
         if ema is None:
             ema = train.begin_ema(params, optimizer)
-    return train.State(rest["step"], params, rest["moments"], ema), data
+    return train.State(rest["step"], params, rest["moments"], ema, rest["skipped"]), data
 
 
 def load_base(config: Any, like: train.Params) -> tuple[train.Params, bases.Base]:

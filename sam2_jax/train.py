@@ -13,10 +13,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Int, PRNGKeyArray
 
-from sam2_jax import lora, losses, optim, partition, prompts, rules, sharding, track
-from sam2_jax.model.classes import module_classes
-from sam2_jax.model.sam2 import make_sam2
-from sam2_jax.types import Array, Batch, PromptPlan, UserError
+from sam2_jax import lora, losses, optim, partition, rules, sharding, track
+from sam2_jax.types import Array, Batch, PromptPlan
+from sam2_jax.updates import UpdateState
 
 Params = Any  # nested dict of arrays
 RandomKey = PRNGKeyArray
@@ -40,6 +39,7 @@ class State(NamedTuple):
     params: Params  # of the model, LoRA's among them
     opt_state: optax.OptState  # of the trained parameters only
     ema: Params | None = None  # moving average of the trained parameters
+    skipped: Int[Array, ""] | int = 0  # steps in a row, the last one included, that were not finite
 
 
 TrainStep = Callable[[State, Batch, RandomKey], tuple[State, Metrics]]
@@ -59,7 +59,8 @@ def init_state(params: Params, optimizer: optim.Optimizer, ema: bool = False) ->
     """State before the first step, `ema`: with a moving average."""
     trained, _ = split_params(params, optimizer)
     average = begin_ema(params, optimizer) if ema else None
-    return State(jnp.zeros((), jnp.int32), params, optimizer.tx.init(trained), average)
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, params, optimizer.tx.init(trained), average, zero)
 
 
 def best_params(state: State) -> Params:
@@ -88,6 +89,7 @@ def make_train_step(
     lora_rules: lora.Rules = (),
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    skip: bool = False,
 ) -> TrainStep:
     """train_step(state, batch, run_key) -> (state, metrics), to be jitted with donated state.
 
@@ -96,7 +98,10 @@ def make_train_step(
     shape of a batch is compiled once. The batch is worked off in `accumulate` parts, one after the
     other, for the gradients of the whole. The plan is that of the whole batch, whatever their
     number; dropout and the places of clicks and boxes are drawn for each part, hence differ.
-    Metrics: `loss`, the terms, `grad_norm` of the trained parameters before clipping, rates.
+    Where loss or gradient is not finite nothing is updated, and the state counts it; with `skip`
+    the next step goes on, without it no later step changes anything either, so that the state
+    stays the one on which it happened. Metrics: `loss`, the terms, norms of gradient (before
+    clipping) and update, whole and of each part of the model, rates, `skipped_in_a_row`.
     """
     dtype = jnp.dtype(precision)
 
@@ -138,16 +143,51 @@ def make_train_step(
         updates, opt_state = optimizer.tx.update(
             grads, state.opt_state, trained, active=active(plan)
         )
-        trained = optax.apply_updates(trained, updates)
+        new = optax.apply_updates(trained, updates)
         ema = state.ema
         if ema is not None:
-            ema = jax.tree.map(lambda old, new: old + (1 - ema_decay) * (new - old), ema, trained)
-        metrics["grad_norm"] = optax.tree.norm(grads)
+            ema = jax.tree.map(lambda old, new: old + (1 - ema_decay) * (new - old), ema, new)
+        metrics |= norms("grad_norm", grads) | norms("update_norm", updates)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        if not skip:
+            finite &= state.skipped == 0
+        counted = jnp.where(finite, 0, state.skipped + 1)
+        metrics["skipped_in_a_row"] = counted
         for name, schedule in optimizer.schedules.items():
             metrics[name] = jnp.asarray(schedule(state.step))
-        return State(state.step + 1, partition.join(frozen, trained), opt_state, ema), metrics
+        old = (trained, state.opt_state, state.ema)
+        trained, opt_state, ema = choose(finite, (new, opt_state, ema), old)
+        step = state.step + (1 if skip else finite.astype(jnp.int32))
+        return State(step, partition.join(frozen, trained), opt_state, ema, counted), metrics
 
     return train_step
+
+
+def choose(use: Array, new: Any, old: Any) -> Any:
+    """`new` or `old`, of the same structure; the optimizer's counts of steps go on either way."""
+
+    def is_group(x: Any) -> bool:
+        return isinstance(x, UpdateState)
+
+    def one(a: Any, b: Any) -> Any:
+        if not is_group(a):
+            return jnp.where(use, a, b)
+        leaves = jax.tree.map(lambda x, y: jnp.where(use, x, y), a.leaves, b.leaves)
+        return UpdateState(a.step, leaves)
+
+    return jax.tree.map(one, new, old, is_leaf=is_group)
+
+
+def norms(name: str, tree: Params) -> Metrics:
+    """Euclidean norm of a tree as `name`, and of its first level as `name`/..."""
+    squares: dict[str, list[Array]] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        part = rules.path_of(keys).split("/")[0]
+        squares.setdefault(part, []).append(jnp.sum(jnp.square(leaf)))
+    sums = {part: jnp.stack(found).sum() for part, found in squares.items()}
+    found: Metrics = {f"{name}/{part}": jnp.sqrt(x) for part, x in sums.items()}
+    found[name] = jnp.sqrt(jnp.stack(list(sums.values())).sum())
+    return found
 
 
 def sum_of_parts(
@@ -219,74 +259,3 @@ def make_loss(
         return losses.total(out, masks, batch.valid, weights, objects)
 
     return loss_fn
-
-
-def make_optim_settings(config: Any) -> optim.OptimSettings:
-    """From the config's `model`, `optim` and `train` sections."""
-    o = config.optim
-    m = config.model
-    return optim.OptimSettings(
-        name=o.name,
-        learning_rate=o.learning_rate,
-        weight_decay=o.weight_decay,
-        b1=o.b1,
-        b2=o.b2,
-        eps=o.eps,
-        momentum=o.momentum,
-        decay_rate=o.decay_rate,
-        nesterov=o.nesterov,
-        multiplier=o.multiplier,
-        frozen=o.frozen,
-        layer_decay=o.layer_decay,
-        layer_decay_min=o.layer_decay_min,
-        layer_decay_overrides=o.layer_decay_overrides,
-        steps=config.train.steps,
-        warmup_steps=o.warmup_steps,
-        clip_norm=o.clip_norm,
-        classes=module_classes(make_sam2(m.variant, m.resolution, m.version)),
-    )
-
-
-def make_config_optimizer(config: Any, shapes: Params) -> tuple[optim.Optimizer, Params]:
-    """(optimizer, shapes of all parameters) of a config, given those of its model.
-
-    Adapters of `lora.rules` come in beside their kernels; of the model's own parameters only those
-    of `lora.also_train` are then trained. Raises `UserError` for rules that miss.
-    """
-    adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, config.lora.rules))
-    settings = make_optim_settings(config)
-    held = lora.frozen_paths(shapes, config.lora.rules, config.lora.also_train)
-    settings = settings._replace(frozen=(*settings.frozen, *held))
-    shapes = partition.join(shapes, adapters)
-    optimizer = optim.make_optimizer(settings, shapes, config.model.version)
-    for path in filter(lora.is_lora, rules.paths_of(shapes)):
-        if optimizer.labels[path] == optim.FROZEN:
-            raise UserError(
-                f"optim.frozen={config.optim.frozen!r} freezes the adapter '{path}': leave out "
-                "what does, since lora.rules freezes the model's own parameters"
-            )
-    return optimizer, shapes
-
-
-def make_config_step(config: Any, model: Any, optimizer: optim.Optimizer, mesh: Mesh) -> TrainStep:
-    """The step that a config describes, not yet jitted."""
-    settings = prompts.PromptSettings(**config.prompts)
-    points = settings.prob_points > 0
-
-    def sample_plan(key: RandomKey, num_frames: int) -> PromptPlan:
-        corrections = settings.corrections if points or num_frames == 1 else 0
-        return prompts.sample_plan(key, num_frames, settings._replace(corrections=corrections))
-
-    weights = losses.LossWeights(**config.loss)
-    # Corrected frames, too, become conditioning frames
-    max_cond = max(settings.max_cond_frames, settings.max_corrected_frames)
-    return make_train_step(
-        optimizer,
-        loss_fn=make_loss(model, weights, config.train.remat, max_cond, points),
-        sample_plan=sample_plan,
-        mesh=mesh,
-        precision=config.train.precision,
-        lora_rules=config.lora.rules,
-        accumulate=config.train.accumulate,
-        ema_decay=config.train.ema_decay,
-    )

@@ -18,7 +18,7 @@ Options = Mapping[str, float | Schedule]  # value of every option of a group
 
 
 class UpdateState(NamedTuple):
-    """Optax's own state of each parameter by itself, with a count where the method counts."""
+    """Of a group: optax's own state of each parameter by itself, with a count where it counts."""
 
     step: Int[Array, ""]  # updates done, which schedules see
     leaves: Tree
@@ -40,62 +40,42 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def zero(is_frozen: Callable[[str], bool]) -> optax.GradientTransformation:
-    """Sets frozen gradients to zero, so that they count in no norm."""
-
-    def update(updates, state, params=None):
-        del params
-        return jax.tree_util.tree_map_with_path(
-            lambda keys, u: jnp.zeros_like(u) if is_frozen(path_of(keys)) else u, updates
-        ), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
 def update_leaves(
     direction: Callable[[Values], optax.GradientTransformation],
-    options_of: Mapping[str, Options],
+    options: Options,
     scales: Mapping[str, float],
     activity_of: Mapping[str, str],
 ) -> optax.GradientTransformationExtraArgs:
-    """-rate * scale * (direction + decay * parameter) for each parameter; decay is decoupled.
+    """-rate * scale * (direction + decay * parameter) for a group; decay is decoupled.
 
-    `options_of` its path are its options: one object for all that share a schedule; without any
-    it is frozen and has no state. The direction is taken of each parameter by itself: where
-    `active[activity_of[path]]` (`active` is an argument of `update`) is False, value, moments and
-    count stay as they are, whatever the method.
+    The direction is taken of each parameter by itself: where `active[activity_of[path]]`
+    (`active` is an argument of `update`) is False, value, moments and count stay as they are,
+    whatever the method.
     """
 
     def init(params: Tree) -> UpdateState:
-        def leaf(keys, param):
-            options = options_of.get(path_of(keys))
-            if options is None:
-                return optax.MaskedNode()
-            return direction(values_at(options, 0)).init(param)
-
-        return UpdateState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(leaf, params))
+        begin = direction(values_at(options, 0)).init
+        return UpdateState(jnp.zeros((), jnp.int32), jax.tree.map(begin, params))
 
     def update(updates, state, params=None, **extra):
         active = extra["active"]
-        now = {id(options): values_at(options, state.step) for options in options_of.values()}
+        values = values_at(options, state.step)
+        transform = direction(values)
 
         def leaf(keys, grad, kept, param):
             path = path_of(keys)
-            if path not in options_of:
-                return jnp.zeros_like(grad), kept
-            values = now[id(options_of[path])]
-            step, new = direction(values).update(grad, kept, param)
+            step, new = transform.update(grad, kept, param)
             rate = values["learning_rate"] * scales[path]
             on = jnp.asarray(active[activity_of[path]])
             step = jnp.where(on, -rate * (step + values["weight_decay"] * param), 0.0)
             return step, jax.tree.map(lambda a, b: jnp.where(on, a, b), new, kept)
 
         grads, tree = jax.tree_util.tree_flatten_with_path(updates)
-        kept, values = tree.flatten_up_to(state.leaves), tree.flatten_up_to(params)
+        kept, old = tree.flatten_up_to(state.leaves), tree.flatten_up_to(params)
         both = [
-            leaf(keys, grad, *rest) for (keys, grad), *rest in zip(grads, kept, values, strict=True)
+            leaf(keys, grad, *rest) for (keys, grad), *rest in zip(grads, kept, old, strict=True)
         ]
-        steps, leaves = zip(*both, strict=True)
+        steps, leaves = zip(*both, strict=True) if both else ((), ())
         return tree.unflatten(steps), UpdateState(state.step + 1, tree.unflatten(leaves))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -23,7 +23,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from sam2_jax import config as config_lib
-from sam2_jax import optim, sharding, train
+from sam2_jax import optim, recipe, sharding
 from sam2_jax.model.classes import module_classes
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.rules import paths_of
@@ -46,7 +46,7 @@ def inspect(config: Any, mesh: Mesh, step: int) -> dict[str, Any]:
     m = config.model
     model = make_sam2(m.variant, m.resolution, m.version)
     shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    optimizer, shapes = train.make_config_optimizer(config, shapes)
+    optimizer, shapes = recipe.make_config_optimizer(config, shapes)
     classes = module_classes(model)
     parameters = []
     for path, leaf in zip(paths_of(shapes), jax.tree.leaves(shapes), strict=True):

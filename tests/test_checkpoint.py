@@ -29,7 +29,7 @@ def shapes(of: dict, fsdp: int = 1):
 def saved(tmp_path):
     """A workdir with checkpoints 2 and 4."""
     assert checkpoint.latest_step(tmp_path) is None
-    manager = checkpoint.make_manager(tmp_path, keep=2)
+    manager = checkpoint.make_manager(tmp_path, checkpoint.Keep(2))
     for step in (2, 4):
         rest = {"step": jnp.int32(step), "moments": (tree(-step), ())}
         checkpoint.save(manager, step, tree(step), rest, {"batches": step, "clips": {"a": 3}})
@@ -52,7 +52,7 @@ def test_restores_state_and_position_in_the_data(saved):
 
 def test_saved_values_survive_donation(tmp_path):
     # The next step overwrites the arrays while the checkpoint is still being written.
-    manager = checkpoint.make_manager(tmp_path, keep=3)
+    manager = checkpoint.make_manager(tmp_path, checkpoint.Keep(3))
     bump = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
     state = {"w": jnp.zeros((512, 1024))}
     for step in (1, 2, 3):

@@ -16,6 +16,8 @@ from configs import (
     images,
     mixture,
     mose,
+    own,
+    sav,
     smoke,
     synthetic,
     ytvos,
@@ -24,7 +26,10 @@ from sam2_jax import config as config_lib
 from sam2_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = (default, smoke, synthetic, davis, mose, ytvos, images, cells, ct, mixture)
+MODULES = (
+    *(default, smoke, synthetic, own),
+    *(davis, mose, ytvos, sav, images, cells, ct, mixture),
+)
 SMOKE = str(ROOT / "configs/smoke.py")
 
 
@@ -49,7 +54,7 @@ def test_every_config_file_is_tested():
 def test_every_key_is_read():
     """As `section.leaf`, as `name.leaf` after `name = ....section`, or by `**x.section`."""
     files = [*ROOT.glob("sam2_jax/**/*.py"), *ROOT.glob("scripts/*.py")]
-    codes = [path.read_text() for path in files if path.name != "config.py"]
+    codes = [path.read_text() for path in files if path.name != "config_checks.py"]
     for key in config_lib.flat_keys(default.get_config()):
         section, leaf = ("config." + key).rsplit(".", 2)[-2:]
 

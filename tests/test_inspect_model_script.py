@@ -11,7 +11,7 @@ import pytest
 
 from configs import default
 from sam2_jax import config as config_lib
-from sam2_jax import optim, sharding, train
+from sam2_jax import optim, recipe, sharding
 from sam2_jax.model.sam2 import init_params, make_sam2
 from tests.test_convert_script import load_script
 
@@ -69,7 +69,7 @@ def test_nothing_is_missing(found, config):
     assert sum(p["count"] for p in found["parameters"]) == sum(
         leaf.size for leaf in jax.tree.leaves(shapes)
     )
-    optimizer = optim.make_optimizer(train.make_optim_settings(config), shapes, "2.1")
+    optimizer = optim.make_optimizer(recipe.make_optim_settings(config), shapes, "2.1")
     assert {p["path"]: p["group"] for p in found["parameters"]} == optimizer.labels
     for group in found["groups"]:
         of = [p for p in found["parameters"] if p["group"] == group["group"]]

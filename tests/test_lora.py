@@ -18,6 +18,7 @@ from sam2_jax import (
     lora,
     optim,
     partition,
+    recipe,
     rules,
     sharding,
     snapshot,
@@ -140,7 +141,7 @@ def test_configs_that_cannot_work_are_named(changes, words):
 
 def test_only_adapters_and_named_layers_are_trained(params):
     c = config(lora__also_train=("no_obj_ptr", "*/norm/*"), optim__layer_decay=0.5)
-    optimizer, shapes = train.make_config_optimizer(c, params)
+    optimizer, shapes = recipe.make_config_optimizer(c, params)
     trained, frozen = train.split_params(shapes, optimizer)
     for path in rules.paths_of(trained):
         assert lora.is_lora(path) or path == "no_obj_ptr" or "/norm/" in path
@@ -151,14 +152,14 @@ def test_only_adapters_and_named_layers_are_trained(params):
     ]
     assert sum(map(len, map(np.atleast_1d, moments))) and max(map(np.prod, moments)) < 2**14
     with pytest.raises(UserError, match=r"lora.also_train: 'no_obj_prt' matches no"):
-        train.make_config_optimizer(config(lora__also_train=("no_obj_prt",)), params)
+        recipe.make_config_optimizer(config(lora__also_train=("no_obj_prt",)), params)
     with pytest.raises(UserError, match=r"optim.frozen=.*lora_a.* freezes the adapter"):
-        train.make_config_optimizer(config(optim__frozen=("*lora_a",)), params)
+        recipe.make_config_optimizer(config(optim__frozen=("*lora_a",)), params)
 
 
 def test_adapters_follow_the_rules_of_their_kernels(params):
     c = config(lora__rules=((("image_encoder/*qkv/kernel", "memory_attention/*"), 1, 1.0),))
-    optimizer, shapes = train.make_config_optimizer(c, params)
+    optimizer, shapes = recipe.make_config_optimizer(c, params)
     own = [path for path in rules.paths_of(shapes) if lora.is_lora(path)]
     labels = {path.split("/")[0]: optimizer.labels[path] for path in own}
     assert labels["image_encoder"] != labels["memory_attention"]
@@ -178,7 +179,7 @@ def tiny_run(c, params, steps, tmp_path, resume=False):
 
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     shapes = jax.eval_shape(lambda: params)
-    optimizer, shapes = train.make_config_optimizer(c, shapes)
+    optimizer, shapes = recipe.make_config_optimizer(c, shapes)
     begin = functools.partial(train.init_state, optimizer=optimizer, ema=True)
     like = jax.eval_shape(begin, shapes)
     like = sharding.with_shardings(like, train.state_shardings(like, mesh))
@@ -199,7 +200,7 @@ def tiny_run(c, params, steps, tmp_path, resume=False):
     )
     step_fn = jax.jit(step_fn)
     losses = []
-    with checkpoint.make_manager(tmp_path, keep=2) as manager:
+    with checkpoint.make_manager(tmp_path, checkpoint.Keep(2)) as manager:
         for _ in range(steps):
             state, metrics = step_fn(state, test_train.example(0), jax.random.key(0))
             losses.append(float(metrics["loss"]))

@@ -36,7 +36,7 @@ def train(name: str, options: dict, on: Sequence[bool] = (True,) * STEPS, nester
     }
     tx = updates.update_leaves(
         lambda v: method.direction(v, nesterov),
-        dict.fromkeys(SHAPES, made),
+        made,
         dict.fromkeys(SHAPES, 1.0),
         {k: "maybe" if k == "maybe" else "rest" for k in SHAPES},
     )

@@ -1,8 +1,6 @@
-"""The step and the loop on a model of two matrices: exact resume, layout, records, precision."""
+"""The step on a model of two matrices: layout, precision, parts of a batch, averages."""
 
 import functools
-import json
-import pathlib
 from typing import Any
 
 import grain
@@ -10,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
-from sam2_jax import checkpoint, loop, optim, records, rules, sharding, snapshot, train
+from sam2_jax import optim, rules, sharding, train
 from sam2_jax.data import pipeline
-from sam2_jax.types import Array, Batch, PromptPlan, UserError
+from sam2_jax.types import Array, Batch, PromptPlan
 
 BATCH = 4
 PIXELS = 32
@@ -62,7 +59,7 @@ def example(i: int) -> Batch:
 
 def make_data():
     data = grain.MapDataset.range(1000).seed(0).shuffle().repeat().map(example)
-    return pipeline.Loader(data, 0, lambda position: "train", {"train": 1000})
+    return pipeline.Loader(data, 0, lambda n: [("train", f"clip{n}")], {"train": 1000})
 
 
 def init_params(key):
@@ -104,7 +101,7 @@ def make_optimizer(frozen=("gaussian",), params=None):
     return optim.make_optimizer(settings, params or init_params(jax.random.key(0)), "2.1")
 
 
-def setup(mesh, precision="float32", ema_decay=0.0):
+def setup(mesh, precision="float32", ema_decay=0.0, skip=False):
     """(state, jitted step, shapes with shardings)."""
     params = init_params(jax.random.key(0))
     optimizer = make_optimizer()
@@ -118,91 +115,10 @@ def setup(mesh, precision="float32", ema_decay=0.0):
         mesh=mesh,
         precision=precision,
         ema_decay=ema_decay,
+        skip=skip,
     )
     state = jax.jit(init, out_shardings=layout)(params)
     return state, train.jit_step(step, shapes, mesh), sharding.with_shardings(shapes, layout)
-
-
-def fit(workdir: pathlib.Path, mesh, steps=10, stop_at=0, nan_at=0, ema_decay=0.0):
-    """A run as scripts/train.py does it, killed at the start of the evaluation of `stop_at`."""
-    state, step, like = setup(mesh, ema_decay=ema_decay)
-    optimizer = make_optimizer()
-    data = make_data()
-    latest = checkpoint.latest_step(workdir)
-    if latest is not None:
-        state, position = snapshot.restore(workdir, latest, like, optimizer)
-        data.set_state(position)
-
-    manager = checkpoint.make_manager(workdir, keep=2)
-
-    def save(n, now):
-        snapshot.save(manager, n, now, optimizer, data.get_state())
-
-    def evaluate(params, n):
-        if n == stop_at:
-            raise Stop
-        return {"eval/J&F": float(params["memory_attention"]["kernel"].sum())}
-
-    def spoiled(now, batch, key):
-        n = int(now.step) + 1
-        now, metrics = step(now, batch, key)
-        return now, metrics | ({"loss": jnp.float32(np.nan)} if n == nan_at else {})
-
-    try:
-        return loop.run_loop(
-            state,
-            spoiled,
-            data,
-            jax.random.key(7),
-            loop.LoopSettings(steps, log_every=2, eval_every=3, save_every=4),
-            mesh,
-            workdir=workdir,
-            save=save,
-            evaluate=evaluate,
-        )
-    finally:
-        manager.wait_until_finished()
-        manager.close()
-
-
-def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "steps_per_second"} for line in lines
-    ]
-
-
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    mesh = sharding.make_mesh(2, 2, 1)
-    whole = fit(tmp_path / "whole", mesh, ema_decay=0.9)
-    with pytest.raises(Stop):
-        fit(tmp_path / "torn", mesh, stop_at=6, ema_decay=0.9)
-    assert [r["step"] for r in rows(tmp_path / "torn")][-1] == 6  # later than checkpoint 4
-    with (tmp_path / "torn/metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')
-    resumed = fit(tmp_path / "torn", mesh, ema_decay=0.9)
-    assert resumed.ema is not None
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    assert rows(tmp_path / "torn") == rows(tmp_path / "whole")
-
-
-def test_rows_and_checkpoints(tmp_path):
-    fit(tmp_path, sharding.make_mesh(1, 1, 4))
-    table = rows(tmp_path)
-    logged = [r["step"] for r in table if "loss" in r]
-    assert logged == [1, 2, 4, 6, 8, 10]  # first, every second, last
-    assert [r["step"] for r in table if "eval/J&F" in r] == [3, 6, 9, 10]
-    assert set(table[0]) == {"step", "loss", "loss_mask", "grad_norm", "learning_rate"}
-    assert np.float32(table[0]["learning_rate"]) == np.float32(1e-2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "8"]
-    assert list((tmp_path / "tensorboard").glob("events*"))
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(UserError, match="loss of step 8 is nan"):
-        fit(tmp_path, sharding.make_mesh(1, 1, 4), nan_at=8)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
-    assert rows(tmp_path)[-1]["step"] == 6
 
 
 def test_meshes_agree():
@@ -267,27 +183,6 @@ def test_each_step_draws_anew_and_reproducibly():
     assert first != step(later, batch, jax.random.key(1))[1]["loss"]
 
 
-@pytest.mark.parametrize("step", [0, 7])
-def test_curves_of_a_run_that_died_are_purged(tmp_path, step):
-    records.Records(tmp_path, step).close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    data, events = file.read_bytes(), []
-    while data:  # TFRecord: length, its checksum, the event, its checksum
-        size = int.from_bytes(data[:8], "little")
-        events.append(Event.FromString(data[12 : 12 + size]))
-        data = data[16 + size :]
-    starts = [e.step for e in events if e.session_log.status == SessionLog.START]
-    assert starts == [step + 1]
-
-
-def test_cut_after_keeps_whole_rows_up_to_a_step(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval/J": 0.5}\n{"step": 3}\n{"st')
-    records.cut_after(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "eval/J": 0.5}\n'
-    assert records.plain(float("inf")) is None
-
-
 def run_step(
     frozen=("gaussian",), ema=None, spread=0.0, state=None, **how
 ) -> tuple[train.State, train.State, Any]:
@@ -348,15 +243,29 @@ def test_the_average_follows_the_parameters():
     np.testing.assert_array_equal(best["gaussian"], second.params["gaussian"])
 
 
-def test_an_average_that_a_checkpoint_lacks_begins_as_a_copy(tmp_path):
-    state, _, like = setup(ALONE)
-    optimizer = make_optimizer()
-    with checkpoint.make_manager(tmp_path, keep=1) as manager:
-        snapshot.save(manager, 3, state._replace(step=jnp.int32(3)), optimizer, {})
-    restored, _ = snapshot.restore(tmp_path, 3, like, optimizer)
-    assert restored.step == 3 and restored.ema is None
-    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state.opt_state)
-    average = train.split_params(like.params, optimizer)[0]
-    restored, _ = snapshot.restore(tmp_path, 3, like._replace(ema=average), optimizer)
-    copy = train.begin_ema(state.params, optimizer)
-    jax.tree.map(np.testing.assert_array_equal, restored.ema, copy)
+def test_what_is_not_finite_changes_nothing_but_counts():
+    broken = example(0)._replace(valid=np.zeros((BATCH, 2), bool))  # divides by no object
+    for skip in (False, True):
+        state, step, _ = setup(ALONE, skip=skip)
+        before = jax.tree.map(jnp.copy, state)
+        state, metrics = step(state, broken, jax.random.key(0))
+        assert not np.isfinite(metrics["loss"]) and metrics["skipped_in_a_row"] == 1
+        jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
+        kept = jax.tree.map(np.array_equal, state.opt_state, before.opt_state)
+        assert sum(not same for same in jax.tree.leaves(kept)) == len(SETTINGS.weight_decay)
+        assert (int(state.step), int(state.skipped)) == (int(skip), 1)
+        state, metrics = step(state, example(1), jax.random.key(0))
+        moved = not np.array_equal(
+            state.params["image_encoder"]["kernel"], before.params["image_encoder"]["kernel"]
+        )
+        assert moved == skip  # without it all stays as it was when it happened
+        assert int(metrics["skipped_in_a_row"]) == (0 if skip else 2)
+
+
+def test_norms_of_the_parts_make_up_the_whole():
+    state, step, _ = setup(ALONE)
+    _, metrics = step(state, example(0), jax.random.key(0))
+    for name in ("grad_norm", "update_norm"):
+        parts = [float(v) for k, v in metrics.items() if k.startswith(f"{name}/")]
+        assert len(parts) == len(init_params(jax.random.key(0))) - 1  # but for the frozen one
+        assert np.sqrt(np.sum(np.square(parts))) == pytest.approx(float(metrics[name]), rel=1e-5)

@@ -12,8 +12,8 @@ from absl import flags
 from absl.testing import flagsaver
 from jax._src.clusters import cloud_tpu_cluster
 
+from sam2_jax import cluster, convert, weights
 from sam2_jax import config as config_lib
-from sam2_jax import convert, weights
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.types import UserError
 
@@ -34,7 +34,7 @@ def script() -> Any:
 @pytest.fixture
 def joined(script, monkeypatch) -> list:
     """Gets an entry for every call of jax.distributed.initialize; no launcher is seen."""
-    for name in (*script.LAUNCHERS, "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):
+    for name in (*cluster.LAUNCHERS, "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):
         monkeypatch.delenv(name, raising=False)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(1))

@@ -8,7 +8,7 @@ import numpy as np
 
 from configs import smoke
 from sam2_jax import config as config_lib
-from sam2_jax import rules, sharding, train
+from sam2_jax import recipe, rules, sharding, train
 from sam2_jax.data import catalogue
 from sam2_jax.model.sam2 import init_params, make_sam2
 
@@ -25,12 +25,12 @@ def test_step_of_a_config_moves_what_it_should():
     c = config_lib.finish(c)
     model = make_sam2("nano", 32, "2.0", 0.1, 0.1, 0.1)
     before = init_params(model, jax.random.key(0))
-    optimizer, _ = train.make_config_optimizer(c, before)
+    optimizer, _ = recipe.make_config_optimizer(c, before)
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     state = train.init_state(before, optimizer)
     shapes = jax.eval_shape(functools.partial(train.init_state, optimizer=optimizer), before)
     state = jax.device_put(state, train.state_shardings(shapes, mesh))
-    step = train.jit_step(train.make_config_step(c, model, optimizer, mesh), shapes, mesh)
+    step = train.jit_step(recipe.make_config_step(c, model, optimizer, mesh), shapes, mesh)
     batch = next(catalogue.make_train_loader(c, catalogue.make_parts(c)))
     batch = sharding.put_batch(batch, mesh)
 

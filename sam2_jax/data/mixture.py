@@ -210,12 +210,3 @@ def mix(
     # Grain cuts proportions down to whole hundredths of the smallest: let none fall by rounding
     hundredths = [round(100 * chance / min(chances)) for chance in chances]
     return grain.MapDataset.mix(streams, [float(n) for n in hundredths])
-
-
-def source_of(
-    shares: Sequence[Share], draw: str = INTERLEAVE, phases: int = 1, seed: int = 0
-) -> Callable[[int], int]:
-    """A function from the position of a batch to the source that it comes from."""
-    marks = [grain.MapDataset.source([number]).repeat() for number in range(len(shares))]
-    order = mix(marks, shares, draw, phases, seed)
-    return lambda position: int(order[position] or 0)

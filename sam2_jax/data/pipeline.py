@@ -133,6 +133,19 @@ def describe(parts: Sequence[Part], draw: str) -> list[tuple[str, str]]:
     return rows
 
 
+class NameClip:
+    """(clip, rng) -> names of source and clip."""
+
+    def __init__(self, part: Part) -> None:
+        """See `Loader.clips_of`."""
+        self._part = part
+
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
+        """Nothing is drawn."""
+        del rng
+        return self._part.name, self._part.source.video(int(index)).name
+
+
 def stack(examples: Sequence[Example]) -> Batch:
     """Examples to one batch, new leading axis."""
     return Batch(*(np.stack(arrays) for arrays in zip(*examples, strict=True)))
@@ -165,11 +178,14 @@ class Loader(Iterator[Batch]):
         self,
         stream: grain.MapDataset[Batch],
         workers: int,
-        source_of: Callable[[int], str],
+        names: Callable[[int], list[tuple[str, str]]],
         contents: dict[str, int],
     ) -> None:
-        """`contents`: clips by source; another number makes another stream."""
-        self._stream, self._workers, self._source_of = stream, workers, source_of
+        """`names`: (source, clip) of all rows of a batch; `contents`: clips by source.
+
+        With another number of clips it is another stream.
+        """
+        self._stream, self._workers, self._names = stream, workers, names
         self._contents = contents
         self._position = 0
         self._batches: grain.DatasetIterator[Batch] | None = None
@@ -194,7 +210,14 @@ class Loader(Iterator[Batch]):
 
     def source_of(self, position: int) -> str:
         """Name of the source that batch number `position` comes from."""
-        return self._source_of(position)
+        return self._names(position)[0][0]
+
+    def clips_of(self, position: int) -> list[str]:
+        """Names of the clips of batch number `position`, of all processes.
+
+        Of a clip that cannot be read (`on_error` "skip") its own, not its replacement's.
+        """
+        return [clip for _, clip in self._names(position)]
 
     def get_state(self) -> dict[str, Any]:
         """What `set_state` takes: JSON, the same on every process."""
@@ -251,7 +274,7 @@ def make_loader(
             be.
     """
     shares = [part.share for part in parts]
-    streams = []
+    streams, names = [], []
     for number, part in enumerate(parts):
         if part.batch_size < 1 or part.batch_size % process_count:
             raise UserError(
@@ -259,6 +282,8 @@ def make_loader(
                 f"multiple of the {process_count} process(es): it counts the videos of all devices"
             )
         make = MakeExample(part, side, on_error, max_bad)
+        named = mixture.clips(part.share, (seed, number), NameClip(part))
+        names.append(named.batch(part.batch_size, drop_remainder=True, batch_fn=list))
         # Batches are made before the switch to an iterator, else their contents would depend on
         # the number of workers.
         streams.append(
@@ -266,10 +291,10 @@ def make_loader(
                 part.batch_size // process_count, drop_remainder=True, batch_fn=stack
             )
         )
-    numbered = mixture.source_of(shares, draw, phases, seed)
+    all_names = mixture.mix(names, shares, draw, phases, seed)
     return Loader(
         mixture.mix(streams, shares, draw, phases, seed),
         workers,
-        lambda position: parts[numbered(position)].name,
+        lambda position: all_names[position] or [],
         {part.name: len(part.source) for part in parts},
     )

@@ -24,8 +24,9 @@ def shares(*weights: float) -> list[Share]:
 
 
 def order(found: list[Share], count: int, draw: str = mixture.INTERLEAVE) -> list[int]:
-    source_of = mixture.source_of(found, draw, 1, 3)
-    return [source_of(n) for n in range(count)]
+    marks = [grain.MapDataset.source([number]).repeat() for number in range(len(found))]
+    stream: Any = mixture.mix(marks, found, draw, 1, 3)
+    return [stream[n] for n in range(count)]
 
 
 def test_default_weights_are_the_batches_of_an_epoch():

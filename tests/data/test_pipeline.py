@@ -118,6 +118,17 @@ def test_a_mixture_has_batches_of_several_shapes(draw):
         assert collections.Counter(names) == {"video": 10, "images": 6, "more": 4}
 
 
+def test_clips_of_a_batch_are_known_by_name():
+    settings = config(**{"augment.hflip": 0.0}, batch_size=4, reverse=0.0, num_frames=5)
+    source = make_parts(settings)[0].source
+    names = {source.read(i, [0], ())[0].tobytes(): source.video(i).name for i in range(10)}
+    stream = loader(settings)
+    for position, batch in enumerate(batches(settings, 6)[0]):
+        found = [names[np.ascontiguousarray(x).tobytes()] for x in batch.images[:, :1]]
+        assert stream.clips_of(position) == found
+    assert loader(mixed()).clips_of(3) and len(loader(settings, 1, 2).clips_of(0)) == 4
+
+
 def test_another_number_of_processes_goes_on_with_the_same_clips():
     settings = mixed()
     for entry in settings.data.mixture.values():

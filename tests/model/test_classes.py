@@ -3,7 +3,7 @@
 import jax
 
 from configs import default
-from sam2_jax import optim, rules, train
+from sam2_jax import optim, recipe, rules
 from sam2_jax.model.classes import module_classes
 from sam2_jax.model.sam2 import init_params, make_sam2
 
@@ -30,7 +30,7 @@ def test_layer_norms_and_biases_alone_do_not_decay():
     config = default.get_config("nano")
     model = make_sam2("nano", 64)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    optimizer = optim.make_optimizer(train.make_optim_settings(config), shapes, "2.1")
+    optimizer = optim.make_optimizer(recipe.make_optim_settings(config), shapes, "2.1")
     for path, label in optimizer.labels.items():
         if label != optim.FROZEN:
             decays = optim.values_of_path(optimizer, path, 0)["weight_decay"] > 0

@@ -20,7 +20,7 @@ from training.optimizer import construct_optimizer
 from training.utils.train_utils import register_omegaconf_resolvers
 
 from configs import default
-from sam2_jax import convert, optim, train
+from sam2_jax import convert, optim, recipe
 from tests.parity import reference, tolerances
 from tests.parity.cases import Case, choose
 from tests.parity.compare import record
@@ -97,7 +97,7 @@ def make_ours(params):
         (selectors, ("cosine", rate, rate / 10))
         for selectors, rate in zip(rules, (IMAGE_RATE, RATE), strict=True)
     )
-    optimizer = optim.make_optimizer(train.make_optim_settings(config), params, "2.1")
+    optimizer = optim.make_optimizer(recipe.make_optim_settings(config), params, "2.1")
 
     @jax.jit
     def update(grads, state, params, active):

@@ -1,0 +1,93 @@
+"""From a config and a workdir to all that a run needs, checked before anything is compiled."""
+
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from sam2_jax import base as bases
+from sam2_jax import checkpoint, optim, recipe, sharding, snapshot, train, validation
+from sam2_jax.data import catalogue, pipeline
+from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
+from sam2_jax.types import UserError
+
+
+class Run(NamedTuple):
+    """What a config becomes, before anything is compiled or written."""
+
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    model: Sam2
+    optimizer: optim.Optimizer
+    like: train.State  # shapes with shardings
+    parts: list[pipeline.Part]  # what is trained on
+    eval_sets: list[validation.EvalSet]
+    latest: int | None  # step to go on from
+
+
+def prepare(config: Any, workdir: pathlib.Path) -> Run:
+    """Checks everything that can be checked; raises `UserError` for what cannot work."""
+    if blocking := next((p for p in (workdir, *workdir.parents) if p.is_file()), None):
+        raise UserError(f"--workdir={workdir}: {blocking} is a file, not a folder; take another")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
+    for part in config.data.mixture.values() or [config.data]:
+        sharding.check_batch_size(
+            part.batch_size, mesh, jax.process_count(), config.train.accumulate
+        )
+    m = config.model
+    model = make_sam2(
+        m.variant, m.resolution, m.version, m.attention_dropout, m.dropout, m.drop_path
+    )
+    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    optimizer, with_adapters = recipe.make_config_optimizer(config, shapes)
+    begin = functools.partial(train.init_state, optimizer=optimizer, ema=config.train.ema_decay > 0)
+    state = jax.eval_shape(begin, with_adapters)
+    parts = catalogue.make_parts(config)
+    eval_sets = validation.make_eval_sets(config)
+    latest = checkpoint.latest_step(workdir)
+    if latest is not None:
+        checkpoint.check_same_model(workdir, config.to_dict())
+    if config.checkpoint.init_from and (latest is None or config.lora.rules):
+        checkpoint.check_init(config.checkpoint.init_from, shapes)
+    return Run(
+        workdir,
+        mesh,
+        model,
+        optimizer,
+        sharding.with_shardings(state, train.state_shardings(state, mesh)),
+        parts,
+        eval_sets,
+        latest,
+    )
+
+
+def start(
+    config: Any, run: Run, batches: pipeline.Loader
+) -> tuple[train.State, str, bases.Base | None]:
+    """(state, where it comes from: a checkpoint, other weights, or chance; base of LoRA)."""
+    like, base = run.like, None
+    if config.lora.rules:
+        adapted, base = snapshot.load_base(config, like.params)
+    if run.latest is not None:
+        frozen = None
+        if base:
+            frozen = snapshot.frozen_of_base(
+                config, run.workdir, run.latest, adapted, run.optimizer
+            )
+        state, data = snapshot.restore(run.workdir, run.latest, like, run.optimizer, frozen)
+        batches.set_state(data)
+        return state, f"checkpoint of step {run.latest}", base
+    layout = train.state_shardings(like, run.mesh)
+    if config.checkpoint.init_from:
+        origin = config.checkpoint.init_from
+        if base:
+            params = snapshot.with_adapters(config, adapted, like.params)
+        else:
+            params = checkpoint.load_init(origin, like.params)
+    else:
+        origin = "random weights"
+        init = jax.jit(functools.partial(init_params, run.model), out_shardings=layout.params)
+        params = init(jax.random.key(config.seed))
+    begin = functools.partial(train.init_state, optimizer=run.optimizer, ema=like.ema is not None)
+    return jax.jit(begin, out_shardings=layout)(params), origin, base

@@ -1,0 +1,84 @@
+"""From a config to the optimizer and the step that it describes."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sam2_jax import lora, losses, optim, partition, prompts, rules
+from sam2_jax.model.classes import module_classes
+from sam2_jax.model.sam2 import make_sam2
+from sam2_jax.train import Params, RandomKey, TrainStep, make_loss, make_train_step
+from sam2_jax.types import PromptPlan, UserError
+
+
+def make_optim_settings(config: Any) -> optim.OptimSettings:
+    """From the config's `model`, `optim` and `train` sections."""
+    o = config.optim
+    m = config.model
+    return optim.OptimSettings(
+        name=o.name,
+        learning_rate=o.learning_rate,
+        weight_decay=o.weight_decay,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        momentum=o.momentum,
+        decay_rate=o.decay_rate,
+        nesterov=o.nesterov,
+        multiplier=o.multiplier,
+        frozen=o.frozen,
+        layer_decay=o.layer_decay,
+        layer_decay_min=o.layer_decay_min,
+        layer_decay_overrides=o.layer_decay_overrides,
+        steps=config.train.steps,
+        warmup_steps=o.warmup_steps,
+        clip_norm=o.clip_norm,
+        classes=module_classes(make_sam2(m.variant, m.resolution, m.version)),
+    )
+
+
+def make_config_optimizer(config: Any, shapes: Params) -> tuple[optim.Optimizer, Params]:
+    """(optimizer, shapes of all parameters) of a config, given those of its model.
+
+    Adapters of `lora.rules` come in beside their kernels; of the model's own parameters only those
+    of `lora.also_train` are then trained. Raises `UserError` for rules that miss.
+    """
+    adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, config.lora.rules))
+    settings = make_optim_settings(config)
+    held = lora.frozen_paths(shapes, config.lora.rules, config.lora.also_train)
+    settings = settings._replace(frozen=(*settings.frozen, *held))
+    shapes = partition.join(shapes, adapters)
+    optimizer = optim.make_optimizer(settings, shapes, config.model.version)
+    for path in filter(lora.is_lora, rules.paths_of(shapes)):
+        if optimizer.labels[path] == optim.FROZEN:
+            raise UserError(
+                f"optim.frozen={config.optim.frozen!r} freezes the adapter '{path}': leave out "
+                "what does, since lora.rules freezes the model's own parameters"
+            )
+    return optimizer, shapes
+
+
+def make_config_step(config: Any, model: Any, optimizer: optim.Optimizer, mesh: Mesh) -> TrainStep:
+    """The step that a config describes, not yet jitted."""
+    settings = prompts.PromptSettings(**config.prompts)
+    points = settings.prob_points > 0
+
+    def sample_plan(key: RandomKey, num_frames: int) -> PromptPlan:
+        corrections = settings.corrections if points or num_frames == 1 else 0
+        return prompts.sample_plan(key, num_frames, settings._replace(corrections=corrections))
+
+    weights = losses.LossWeights(**config.loss)
+    # Corrected frames, too, become conditioning frames
+    max_cond = max(settings.max_cond_frames, settings.max_corrected_frames)
+    return make_train_step(
+        optimizer,
+        loss_fn=make_loss(model, weights, config.train.remat, max_cond, points),
+        sample_plan=sample_plan,
+        mesh=mesh,
+        precision=config.train.precision,
+        lora_rules=config.lora.rules,
+        accumulate=config.train.accumulate,
+        ema_decay=config.train.ema_decay,
+        skip=config.train.not_finite == "skip",
+    )

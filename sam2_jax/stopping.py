@@ -1,0 +1,75 @@
+"""Being asked to end, and not being two: signals of schedulers, and the lock of a workdir."""
+
+import fcntl
+import os
+import pathlib
+import signal
+from types import FrameType
+from typing import IO
+
+import jax
+from jax.experimental import multihost_utils
+
+from sam2_jax.types import UserError
+
+STOPPED = 75  # exit status of a run that saved and may be started again (EX_TEMPFAIL)
+LOCK = ".lock"
+
+
+class Request:
+    """Notes SIGTERM (a scheduler's warning) and SIGINT, to be asked about after every step.
+
+    The second signal of a kind ends the process at once. With several processes JAX's own
+    preemption service watches for SIGTERM, and settles with the others after which step all stop.
+    """
+
+    def __init__(self):
+        self._asked = False
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __call__(self, step: int) -> bool:
+        """Whether to save and end after this step; the same answer on all processes."""
+        if jax.process_count() == 1:
+            return self._asked
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def take(workdir: pathlib.Path) -> IO[str] | None:
+    """Makes a workdir this run's own until the file returned is closed, or the process dies.
+
+    Of several processes the first one does it for all.
+
+    Raises:
+        UserError: another process has it, or it cannot be written to.
+    """
+    if jax.process_index():
+        return None
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be written to ({error.strerror}): take another, or mend "
+            "its permissions"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"--workdir={workdir} is in use by process {owner}: wait for it, end it, or take "
+            "another workdir"
+        ) from error
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    return file
