@@ -81,6 +81,7 @@ def get_config(variant: str = "tiny") -> Any:
     c.train.not_finite = "stop"  # at a loss or gradient that is not, or skip the update
     c.train.max_skipped = 10  # so many skipped in a row, then stop
     c.train.profile_steps = ()  # first and last step of a trace for TensorBoard's profile tab
+    c.train.wandb = ""  # project of Weights & Biases to log to as well; empty: none
     c.train.remat = "frame"  # what to recompute in the backward pass: none, frame or full
     c.train.accumulate = 1  # parts that a batch is worked off in, one after the other, for memory
     c.train.ema_decay = 0.0  # of a moving average of the parameters, which is evaluated; 0: none

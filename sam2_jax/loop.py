@@ -33,6 +33,7 @@ class LoopSettings(NamedTuple):
     save_at_eval: bool = False  # so that the best of what was evaluated can be kept
     best: str = "eval/J&F"  # metric of the evaluation
     best_is_lowest: bool = False
+    wandb: str = ""  # project of Weights & Biases
 
 
 class Hooks(NamedTuple):
@@ -67,6 +68,7 @@ def make_loop_settings(config: Any) -> LoopSettings:
         save_at_eval=config.checkpoint.keep_best > 0,
         best=config.checkpoint.best,
         best_is_lowest=config.checkpoint.best_is_lowest,
+        wandb=t.wandb,
     )
 
 
@@ -132,7 +134,7 @@ def run_loop(
     """
     done = int(state.step)
     leads = jax.process_index() == 0
-    records = Records(workdir, done) if leads else None
+    records = Records(workdir, done, settings.wandb) if leads else None
     display = Display(done, settings.steps, leads)
     profile = Profile(settings.profile_steps if leads else (), workdir)
     worst, clock = Worst(), Clock()
@@ -162,6 +164,7 @@ def run_loop(
     def evaluate(step: int) -> dict[str, float]:
         if not hooks.evaluate:
             return {}
+        asked = time.time()
         try:
             row = hooks.evaluate(state, step)
         except UserError:
@@ -169,7 +172,8 @@ def run_loop(
             raise
         if records:
             records.write(step, row)
-            records.best(step, row, settings.best, settings.best_is_lowest)
+            records.best(settings.best, settings.best_is_lowest)
+            records.pictures(step, asked)
         return row
 
     def due(step: int) -> bool:

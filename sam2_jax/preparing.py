@@ -10,6 +10,7 @@ from sam2_jax import base as bases
 from sam2_jax import checkpoint, optim, recipe, sharding, snapshot, train, validation
 from sam2_jax.data import catalogue, pipeline
 from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
+from sam2_jax.records import wandb
 from sam2_jax.types import UserError
 
 
@@ -30,6 +31,8 @@ def prepare(config: Any, workdir: pathlib.Path) -> Run:
     """Checks everything that can be checked; raises `UserError` for what cannot work."""
     if blocking := next((p for p in (workdir, *workdir.parents) if p.is_file()), None):
         raise UserError(f"--workdir={workdir}: {blocking} is a file, not a folder; take another")
+    if config.train.wandb:
+        wandb()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
     for part in config.data.mixture.values() or [config.data]:
         sharding.check_batch_size(

@@ -1,12 +1,19 @@
 """What a run leaves to read: metrics.jsonl, one JSON object per row, and TensorBoard events."""
 
+import hashlib
+import importlib
 import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
+
+from sam2_jax.types import UserError
 
 
 def cut_after(path: pathlib.Path, step: int) -> None:
@@ -44,16 +51,36 @@ def plain(value: float) -> float | None:
 METRICS = "metrics.jsonl"
 
 
+def wandb() -> Any:
+    """The package of Weights & Biases; `UserError` where it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError(
+            "train.wandb names a project of Weights & Biases, which is not installed: pip install "
+            "-e '.[wandb]', or leave train.wandb empty"
+        ) from error
+
+
 class Records:
     """Appends rows to a workdir's metrics.jsonl and TensorBoard events; goes on after `step`."""
 
-    def __init__(self, workdir: pathlib.Path, step: int = 0):
+    def __init__(self, workdir: pathlib.Path, step: int = 0, project: str = ""):
+        """`project`: of Weights & Biases, which gets the same rows; empty: none."""
+        client = wandb() if project else None
         workdir.mkdir(parents=True, exist_ok=True)
         self.path = workdir / METRICS
         cut_after(self.path, step)
         self._file = self.path.open("a")
         # Given at step 0, too: a run may have died before its first checkpoint.
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._wandb: Any = None
+        if client:
+            # The same workdir is the same run there, whenever it goes on
+            name = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+            self._wandb = client.init(
+                project=project, id=name, name=workdir.name, dir=str(workdir), resume="allow"
+            )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row: `step`, then the values. Readable at once."""
@@ -63,19 +90,27 @@ class Records:
         for name, value in values.items():
             tag = name if "/" in name else f"train/{name}"
             self._events.add_scalar(tag, float(value), step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
 
-    def best(self, step: int, row: Mapping[str, float], name: str, is_lowest: bool) -> None:
-        """Writes best.json if a metric of an evaluation is the best so far."""
-        if name not in row:
-            return
-        path = self.path.parent / "best.json"
-        now = {"step": step, "metric": name, "value": plain(row[name])}
-        before = json.loads(path.read_text()) if path.exists() else {}
-        if before.get("metric") == name and before["step"] < step:
-            better = now["value"] < before["value"] if is_lowest else now["value"] > before["value"]
-            if not better:
-                return
-        path.write_text(json.dumps(now) + "\n")
+    def best(self, name: str, is_lowest: bool) -> None:
+        """Writes best.json: step and value of the best evaluation so far by one metric."""
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        found = [(row[name], row["step"]) for row in lines if row.get(name) is not None]
+        if found:
+            value, step = min(found) if is_lowest else max(found)
+            text = json.dumps({"step": step, "metric": name, "value": value}) + "\n"
+            (self.path.parent / "best.json").write_text(text)
+
+    def pictures(self, step: int, since: float) -> None:
+        """Shows the overlays of the workdir that were drawn after the time `since`."""
+        for path in sorted(self.path.parent.glob("overlay*.png")):
+            if path.stat().st_mtime >= since:
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                self._events.add_image(f"eval/{path.stem}", pixels, step, dataformats="HWC")
+                if self._wandb:
+                    self._wandb.log({f"eval/{path.stem}": wandb().Image(pixels)}, step=step)
 
     def worst(self, rows: Sequence[tuple[float, int, list[str]]]) -> None:
         """Writes worst.json: loss, step and clips of the batches with the highest losses."""
@@ -93,3 +128,5 @@ class Records:
         self.sync()
         self._file.close()
         self._events.close()
+        if self._wandb:
+            self._wandb.finish()

@@ -1,11 +1,15 @@
 """What a run leaves to read: rows, curves, the best and the worst."""
 
 import json
+import sys
+from unittest import mock
 
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
 from sam2_jax import records
+from sam2_jax.types import UserError
 
 
 @pytest.mark.parametrize("step", [0, 7])
@@ -41,13 +45,47 @@ def test_an_evaluation_is_found_by_its_step(tmp_path):
 )
 def test_the_best_evaluation_is_kept(tmp_path, is_lowest, values, best):
     log = records.Records(tmp_path)
+    log.best("eval/x", is_lowest)
+    assert not (tmp_path / "best.json").exists()
     for step, value in enumerate(values, 1):
-        log.best(step, {"eval/x": value}, "eval/x", is_lowest)
-        log.best(step, {"eval/other": 99.0}, "eval/x", is_lowest)
+        log.write(step, {"eval/x": value, "eval/other": 99.0})
+        log.best("eval/x", is_lowest)
     log.close()
     assert json.loads((tmp_path / "best.json").read_text())["step"] == best
     # A run that went back to step 1 forgets what it has not yet done again.
     log = records.Records(tmp_path, 1)
-    log.best(1, {"eval/x": 0.0}, "eval/x", is_lowest)
+    log.best("eval/x", is_lowest)
     log.close()
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 1
+
+
+def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):
+    run, package = mock.Mock(), mock.Mock()
+    package.init.return_value = run
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    for step in (0, 5):  # started, and gone on with
+        log = records.Records(tmp_path, step, "mine")
+        log.write(step + 1, {"loss": 2.0})
+        Image.new("RGB", (4, 4)).save(tmp_path / "overlay.png")
+        log.pictures(step + 1, 0.0)
+        log.close()
+    first, second = (call.kwargs for call in package.init.call_args_list)
+    assert first == second and first["project"] == "mine"
+    assert run.log.call_args_list[0] == mock.call({"loss": 2.0}, step=1)
+    assert "eval/overlay" in run.log.call_args_list[1].args[0]
+    assert run.finish.call_count == 2
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[wandb\]'"):
+        records.Records(tmp_path, 0, "mine")
+
+
+def test_pictures_are_shown_once(tmp_path):
+    log = records.Records(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "overlay.png")
+    drawn = (tmp_path / "overlay.png").stat().st_mtime
+    log.pictures(1, drawn + 1)
+    before = sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir())
+    log.pictures(2, drawn)
+    log.close()
+    after = sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir())
+    assert after > before
