@@ -132,7 +132,8 @@ def source() -> Any:
     s.min_stride = 1  # frames of the video from one frame shown to the next, drawn between these
     s.max_stride = 1
     s.later_objects = 0.0  # probability of following objects that the first frame does not show
-    s.weight = 0.0  # share of the steps in a mixture; 0 for all sources: as long as they are
+    s.weight = 0.0  # share of the steps in a mixture; 0 for all sources: as long as they are.
+    # With data.draw=random it only orders the batches of an epoch, which shows every source whole.
     s.multiplier = 1.0  # how often an epoch shows a clip
 
     s.augment = ConfigDict()  # in this order; frames and masks of a clip move together
@@ -141,14 +142,14 @@ def source() -> Any:
     s.augment.degrees = 25.0  # largest rotation
     s.augment.shear = 20.0  # largest shear along x, degrees
     s.augment.scale = (1.0, 1.0)  # zoom is drawn between these
+    s.augment.keep_aspect = False  # pad at right and bottom instead of stretching to a square
     s.augment.mosaic = 0.0  # probability of a 2 x 2 mosaic of which one cell is followed
     s.augment.mosaic_hflip = False  # cells mirrored at random
-    s.augment.keep_aspect = False  # pad at right and bottom instead of stretching to a square
     s.augment.jitter = (0.1, 0.03, 0.03)  # brightness, contrast, saturation; one draw a clip
     s.augment.grayscale = 0.05  # probability
     s.augment.frame_jitter = (0.1, 0.05, 0.05)  # as jitter, a draw for every frame
-    s.augment.noise = 0.0  # standard deviation, of 255
     s.augment.blur = 0.0  # largest standard deviation, pixels
+    s.augment.noise = 0.0  # standard deviation, of 255
     s.augment.fill = (123, 116, 103)  # colour of what a rotation brings in
 
     s.folder = ConfigDict()

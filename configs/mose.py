@@ -3,8 +3,8 @@ r"""MOSE: the reference's own fine-tuning recipe, number for number.
   python scripts/train.py --config=configs/mose.py:base_plus --config.data.root=MOSE/train \
       --config.checkpoint.init_from=sam2.1_hiera_base_plus.pt
 
-It is one for eight devices with a clip on each. On fewer the same updates come from
---config.train.accumulate=8 (divided by the number of devices).
+It is one for eight devices with a clip on each. On one device --config.train.accumulate=8 works
+the same batch off clip by clip, on two =4, and so on.
 MOSE's validation masks are not public, and the reference holds 200 training videos back: give the
 names of those to train on with --config.data.include=LIST, and a folder of others with
 --config.data.eval_root; without either the last tenth of the clips is held back.

@@ -98,8 +98,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def finish(config: Config) -> Config:
     """Settles what depends on other keys, checks, locks."""
-    if config.data.source == "tfds" and config.data.root:
-        config.data.source = "folder"  # configs/davis.py: a folder wins over the downloaded copy
+    for source in (config.data, *config.data.mixture.values()):
+        if source.source == "tfds" and source.root:
+            source.source = "folder"  # configs/davis.py: a folder wins over the downloaded copy
     check(config)
     return config.lock()
 

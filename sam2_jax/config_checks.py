@@ -4,6 +4,7 @@ Nothing here touches a file or a device. What takes those (data that are there, 
 fits) is checked by whoever opens them, before anything is compiled.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ _PROBABILITIES = (
 )
 _AT_LEAST = {
     "data.workers": 0,
+    "seed": 0,
     "data.phases_per_epoch": 1,
     "prompts.max_cond_frames": 1,
     "prompts.max_corrected_frames": 1,
@@ -59,6 +61,7 @@ _SOURCE_AT_LEAST = {
     "num_frames": 1,
     "max_objects": 1,
     "batch_size": 1,
+    "weight": 0,
     "min_stride": 1,
     "augment.degrees": 0,
     "augment.shear": 0,
@@ -149,6 +152,11 @@ def check_data(config: Config) -> None:
             f"data.draw={RANDOM}; {config.data.draw} has none to divide: take 1"
         )
     check_source("data", config.data)
+    if config.data.weight and not config.data.mixture:
+        raise UserError(
+            f"data.weight={config.data.weight} is a share of the steps of a mixture, and "
+            "data.mixture is empty: take 0"
+        )
     for name, entry in config.data.mixture.items():
         check_source(f"data.mixture.{name}", entry)
 
@@ -208,13 +216,23 @@ def check_source(prefix: str, source: Config) -> None:
     """Raises `UserError` for the first setting of a source of data that cannot work."""
     flat = flat_keys(source)
     one_of(f"{prefix}.source", source.source, KINDS)
+    if source.source == "synthetic":
+        if given := [key for key in ("root", "include", "exclude") if source[key]]:
+            raise UserError(
+                f"{prefix}.{given[0]}={source[given[0]]} is of no use to {prefix}.source="
+                "synthetic, which renders its clips: leave it empty, or name another source"
+            )
+    for key, value in flat.items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(math.isfinite(n) for n in numbers if isinstance(n, int | float)):
+            raise UserError(f"{prefix}.{key}={value} must be finite")
     for key, least in _SOURCE_AT_LEAST.items():
         if flat[key] < least:
             raise UserError(f"{prefix}.{key}={flat[key]} must be at least {least}")
     for key in _SOURCE_PROBABILITIES:
         if not 0 <= flat[key] <= 1:
             raise UserError(f"{prefix}.{key}={flat[key]} must be between 0 and 1")
-    for key in ("multiplier", "synthetic.speed"):
+    for key in ("multiplier", "synthetic.speed", "instances.max_area"):
         if not flat[key] > 0:
             raise UserError(f"{prefix}.{key}={flat[key]} must be greater than 0")
     if source.max_stride < source.min_stride:
@@ -228,5 +246,7 @@ def check_source(prefix: str, source: Config) -> None:
             raise UserError(
                 f"{prefix}.augment.{key}={value} must be {length} numbers of at least 0"
             )
+    if max(source.augment.fill) > 255:
+        raise UserError(f"{prefix}.augment.fill={source.augment.fill} must be 0 to 255")
     if not 0 < source.augment.scale[0] <= source.augment.scale[1]:
         raise UserError(f"{prefix}.augment.scale={source.augment.scale} must be 0 < least <= most")

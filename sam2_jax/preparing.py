@@ -5,6 +5,8 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sam2_jax import base as bases
 from sam2_jax import checkpoint, optim, recipe, sharding, snapshot, train, validation
@@ -63,6 +65,25 @@ def prepare(config: Any, workdir: pathlib.Path) -> Run:
         eval_sets,
         latest,
     )
+
+
+def same_everywhere(batches: pipeline.Loader) -> None:
+    """Do all processes train on the same clips? To be called on each of them.
+
+    Raises:
+        UserError: they do not; each would deal out a stream of its own.
+    """
+    if jax.process_count() == 1:
+        return
+    own = batches.get_state()
+    numbers = [own["names"], *own["clips"].values()]
+    found = np.asarray(multihost_utils.process_allgather(np.array(numbers, np.uint32)))
+    if others := np.flatnonzero((found != found[0]).any(1)).tolist():
+        raise UserError(
+            f"process {others[0]} finds other training clips than process 0 "
+            f"({found[others[0], 1:].tolist()} and {found[0, 1:].tolist()} clips, or other names): "
+            "give all processes the same data"
+        )
 
 
 def start(

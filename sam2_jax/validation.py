@@ -17,6 +17,7 @@ from sam2_jax.data.folders import EVAL, open_folder
 from sam2_jax.data.sources import Faults, VideoSource
 from sam2_jax.data.sources import describe as describe_source
 from sam2_jax.predict import video
+from sam2_jax.types import UserError
 
 SHOWN = 6  # clips on a picture
 MASK = "mask"  # the prompt whose rows bear no name
@@ -29,8 +30,10 @@ class EvalSet(NamedTuple):
     source: VideoSource
 
 
-def make_eval_sets(config: Any) -> list[EvalSet]:
+def make_eval_sets(config: Any, broken: list[UserError] | None = None) -> list[EvalSet]:
     """What a config evaluates on: the clips that belong to its data, then `eval.sets` by name.
+
+    What is wrong with clips that are left out (`data.on_error`) is added to `broken`.
 
     Raises:
         UserError: a set is not there, is broken, or has no frame that is scored; or a prompt is
@@ -38,12 +41,14 @@ def make_eval_sets(config: Any) -> list[EvalSet]:
     """
     for prompt in config.eval.prompts:
         evaluate.parse_prompt(prompt)
-    own = catalogue.make_eval_source(config)
+    own = catalogue.make_eval_source(config, broken)
     sets = [EvalSet("", own)] if own else []
     for name, root in config.eval.sets.items():
         faults = Faults(config.data.on_error, config.data.max_bad)
         key = f"config.eval.sets.{name}"
         sets.append(EvalSet(name, open_folder(root, EVAL, key=key, faults=faults)))
+        if broken is not None:
+            broken += faults.errors
     for chosen in sets:
         evaluate.check_source(chosen.source, config.eval.max_clips)
     return sets

@@ -3,11 +3,11 @@
   python scripts/check_data.py --config=configs/davis.py --config.data.root=DAVIS
   python scripts/check_data.py --config=FILE.py --sample=200 --contact-sheet=sheet.png --json=a.json
 
-Every training source and the evaluation clips are opened and checked as scripts/train.py does it,
-then every frame and mask is decoded (of rendered clips 20, and with --sample=N N random ones of
-every source). Reported are sizes and numbers, what cannot be read, what is there twice, and clips
-that are both trained on and evaluated on. --contact-sheet shows clips as they are stored, and as
-the model gets them.
+Every training source and all evaluation clips, those of eval.sets too, are opened and checked as
+scripts/train.py does it, then every frame and mask is decoded (of rendered clips 20, and with
+--sample=N N random ones of every source). Reported are sizes and numbers, what cannot be read,
+what is there twice, and clips that are both trained on and evaluated on. --contact-sheet shows
+clips as they are stored, and as the model gets them.
 
 Exit status 0: training would work. 1: it would not; the last line says what to mend. 2: the
 command or the config is wrong, or there is nothing to read.
@@ -27,11 +27,11 @@ from absl import flags
 from tqdm.auto import tqdm
 
 from sam2_jax import config as config_lib
+from sam2_jax import validation
 from sam2_jax.data import catalogue, pipeline, sheet, sources, survey
 from sam2_jax.data.sources import SKIP, VideoSource
 from sam2_jax.data.synthetic import SyntheticSource
 from sam2_jax.data.tally import TOLD, Tally, as_json, duplicates, obstacle, rows
-from sam2_jax.evaluate import check_source
 from sam2_jax.types import UserError
 
 _SAMPLE = flags.DEFINE_integer("sample", 0, "Read so many random clips of each source; 0: all.", 0)
@@ -53,7 +53,7 @@ class Opened(NamedTuple):
     """What training would read, and why it would not even start."""
 
     parts: list[pipeline.Part]
-    evaluation: VideoSource | None
+    evaluation: list[validation.EvalSet]
     obstacles: list[str]
     broken: list[str]  # clips that cannot be opened, and why
 
@@ -71,23 +71,38 @@ class Report(NamedTuple):
 def open_all(config: Any) -> Opened:
     """Open everything as training does; where that stops at broken clips, without these.
 
+    Where nothing is left without them, nothing is opened, and what broke first is the obstacle.
+
     Raises:
         UserError: what is wrong is not a matter of some broken clips.
     """
     lenient = config.copy_and_resolve_references().unlock()
     lenient.data.on_error, lenient.data.max_bad = SKIP, 1.0
-    obstacles, broken = [], []
+    obstacles: list[str] = []
+    broken: list[UserError] = []
     opened: list[Any] = []
-    for make in (catalogue.make_parts, catalogue.make_eval_source):
+    for make in (catalogue.make_parts, validation.make_eval_sets):
+        found: list[UserError] = []
         try:
-            opened.append(make(config, broken))
+            opened.append(make(config, found))
         except UserError as error:
-            opened.append(make(lenient, broken))
+            found = []  # the same ones are found again
+            try:
+                opened.append(make(lenient, found))
+            except UserError as again:
+                if str(again) == str(error):
+                    raise  # broken clips are not the reason
+                opened.append([])
             obstacles.append(str(error))
-    parts, evaluation = opened
-    if evaluation:
-        check_source(evaluation, config.eval.max_clips)
+        broken += found
+    parts, sets = opened
+    evaluation = [chosen for chosen in sets if len(chosen.source)]
     return Opened(parts, evaluation, obstacles, [str(error) for error in broken])
+
+
+def label_of(chosen: validation.EvalSet) -> str:
+    """What a set of evaluation clips is called in the report."""
+    return f"{EVALUATION} {chosen.name}".strip()
 
 
 def chosen(source: VideoSource, count: int, seed: int) -> list[int]:
@@ -102,10 +117,11 @@ def read(config: Any, opened: Opened) -> list[Report]:
     for number, part in enumerate(opened.parts):
         indices = chosen(part.source, len(part.source), number)
         reports.append(Report(part.name, part.source, part, indices, Tally()))
-    if source := opened.evaluation:
+    for evaluated in opened.evaluation:
+        source = evaluated.source
         count = min(len(source), config.eval.max_clips or len(source))
         indices = chosen(source, count, len(reports))
-        reports.append(Report(EVALUATION, source, None, indices, Tally()))
+        reports.append(Report(label_of(evaluated), source, None, indices, Tally()))
     jobs = [(number, i) for number, report in enumerate(reports) for i in report.indices]
     all_sources = [report.source for report in reports]
     lengths = [all_sources[number].video(i).num_frames for number, i in jobs]
@@ -153,7 +169,7 @@ def shared(opened: Opened, reports: list[Report]) -> Shared:
             names.append(f"{report.source.video(index).name} ({report.name})")
         shortest = min(reports[n].tally.lengths[i] for n, i in (pair.one, pair.other))
         text = f"{names[0]} and {names[1]}: {pair.frames} of {shortest} frames"
-        leaks = pair.one[0] < last == pair.other[0]
+        leaks = pair.one[0] < last <= pair.other[0]
         (found.leaks if leaks else found.repeats).append(text)
     return found
 
@@ -175,13 +191,14 @@ def described(report: Report) -> dict[str, Any]:
 def draw(config: Any, opened: Opened, path: pathlib.Path) -> None:
     """Draw the contact sheet."""
     side, seed = config.model.resolution, config.seed
-    count = sheet.rows_of_each(len(opened.parts) + bool(opened.evaluation))
+    count = sheet.rows_of_each(len(opened.parts) + len(opened.evaluation))
     groups = {}
     for part in opened.parts:
         heading = f"{part.name}: as stored, and as the model gets it ({side} x {side})"
         groups[heading] = sheet.training_rows(part, side, seed, count)
-    if opened.evaluation:
-        groups[f"{EVALUATION}: as stored"] = sheet.evaluation_rows(opened.evaluation, seed, count)
+    for evaluated in opened.evaluation:
+        heading = f"{label_of(evaluated)}: as stored"
+        groups[heading] = sheet.evaluation_rows(evaluated.source, seed, count)
     sheet.contact_sheet(groups, path)
 
 
@@ -243,7 +260,7 @@ def main(config: Any) -> int:
         print(f"WARNING: {len(twice.leaks)} pairs of clips are trained on and evaluated on, so")
         print("evaluation measures what was learnt by heart: exclude them (config.data.exclude)")
         say(told(twice.leaks))
-    if _SHEET.value:
+    if _SHEET.value and reports:
         draw(config, opened, pathlib.Path(_SHEET.value))
         print(f"contact sheet: {_SHEET.value}")
     if _JSON.value:

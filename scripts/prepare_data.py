@@ -11,7 +11,8 @@ pixels as before. Clips to evaluate on, as scripts/train.py finds them (a val li
 out of a flat folder, config.data.eval_root), go to DIR/evaluation and are never among the others.
 What to train with is printed at the end.
 
-Killed, or the disk full: the same command goes on with what is missing. Every file is read back
+Killed, or the disk full: the same command goes on with what is missing. What is packed is not read
+again: names, sizes and settings are compared, not pixels. Every file is read back
 after it was written; --verify reads and decodes all that is in DIR again and packs nothing.
 """
 
@@ -28,6 +29,7 @@ from absl import flags
 from configs import default
 from sam2_jax import config as config_lib
 from sam2_jax.data import catalogue, packed_check, packing
+from sam2_jax.data.packed import is_packed
 from sam2_jax.data.packed_format import INDEX, Index
 from sam2_jax.data.sources import VideoSource
 from sam2_jax.types import UserError
@@ -79,6 +81,8 @@ def pack(
     """Pack one source and say what was written."""
     if entry.root and folder.absolute() == pathlib.Path(entry.root).absolute():
         raise UserError(f"--output: {folder} is where the data are: choose another folder")
+    if is_packed(folder):
+        print(f"{folder}: already packed, not read again; for changed files give another --output")
     index = packing.pack_source(
         source,
         folder,

@@ -133,6 +133,7 @@ def main(config: Any) -> int | None:
         config, run.parts, jax.process_index(), jax.process_count()
     )
     try:
+        preparing.same_everywhere(batches)
         train_on(config, run, batches)
     except loop.Stopped as stopped:
         say(f"{stopped}; the same command goes on from there")

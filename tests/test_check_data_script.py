@@ -72,12 +72,15 @@ def clips(tmp_path) -> pathlib.Path:
 def check(script, tmp_path):
     """Run on a folder: (exit status, the JSON report)."""
 
-    def run(root, policy="stop", max_bad=0.0, sample=0, eval_root="", sheet=""):
+    def run(root, policy="stop", max_bad=0.0, sample=0, eval_root="", sheet="", sets=None):
         config = config_lib.load_file(f"{ROOT}/configs/default.py:nano")
         config.model.resolution = 64
         config.data.root, config.data.eval_root = str(root), str(eval_root)
         config.data.num_frames = 4
         config.data.on_error, config.data.max_bad = policy, max_bad
+        for name, folder in (sets or {}).items():
+            with config.unlocked():
+                config.eval.sets[name] = str(folder)
         report = tmp_path / "report.json"
         with flagsaver.flagsaver(sample=sample, json=str(report), contact_sheet=str(sheet)):
             status = script.main(config_lib.finish(config))
@@ -166,6 +169,37 @@ def test_duplicates_and_leakage_are_told_apart(check, clips, tmp_path, capsys):
     assert report["duplicates"] == ["ant (train) and copy (train): 6 of 6 frames"]
     assert report["leakage"] == ["bee (train) and stolen (evaluation): 6 of 6 frames"]
     assert "WARNING: 1 pair" in capsys.readouterr().out
+
+
+def test_where_every_clip_is_broken_the_first_reason_is_told(check, clips, capsys):
+    for path in clips.glob("Annotations/*/00002.png"):
+        path.write_bytes(path.read_bytes()[:-20])
+    status, report = check(clips)
+    assert status == 1 and not report["works"] and not report["sources"]
+    assert "ant/00002.png" in report["obstacles"][0]
+    assert "ant/00002.png" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_further_sets_are_read_and_compared_too(check, clips, tmp_path, capsys):
+    other = tmp_path / "other"
+    write_clip(other, "new", 50)
+    write_clip(other, "stolen", 1)  # of bee
+    status, report = check(clips, sets={"more": other}, sheet=tmp_path / "a.png")
+    assert status == 0
+    assert [found["name"] for found in report["sources"]] == [
+        "train",
+        "evaluation",
+        "evaluation more",
+    ]
+    assert report["leakage"] == ["bee (train) and stolen (evaluation more): 6 of 6 frames"]
+    spoil(other / "JPEGImages/new/00003.jpg")
+    status, report = check(clips, sets={"more": other})
+    assert status == 1 and "new/00003.jpg" in report["obstacles"][0]
+    cut = other / "Annotations/new/00003.png"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    status, report = check(clips, sets={"more": other})
+    assert status == 1 and "new/00003.png" in report["obstacles"][0]
+    assert len(report["broken"]) == 1
 
 
 def test_samples_are_the_same_every_time(script, check, clips):

@@ -90,6 +90,15 @@ def test_every_key_is_read():
         ("data.synthetic.speed", 0.0, "greater than 0"),
         ("data.synthetic.eval_frames", 2, "at least 3"),
         ("eval.max_frames", 2, "0 (all) or at least 3"),
+        ("seed", -1, "seed=-1 must be at least 0"),
+        ("data.augment.degrees", float("nan"), "must be finite"),
+        ("data.augment.blur", float("inf"), "must be finite"),
+        ("data.augment.scale", (1.0, float("inf")), "must be finite"),
+        ("data.weight", float("nan"), "must be finite"),
+        ("data.augment.fill", (300, 0, 0), "must be 0 to 255"),
+        ("data.instances.max_area", 0.0, "greater than 0"),
+        ("data.weight", -0.5, "at least 0"),
+        ("data.weight", 0.5, "data.mixture is empty: take 0"),
         ("mesh.model", 2, "one video is not split over devices yet: take 1"),
     ],
 )
@@ -108,6 +117,22 @@ def test_finish_prefers_a_folder_to_the_downloaded_copy():
     config = davis.get_config("nano")
     config.data.root = "somewhere"
     assert config_lib.finish(config).data.source == "folder"
+
+
+def test_finish_prefers_a_folder_in_a_mixture_too():
+    config = mixture.get_config("nano")
+    config.data.mixture.sav.source = config.data.mixture.sa1b.source = "tfds"
+    config.data.mixture.sav.root = "somewhere"
+    entries = config_lib.finish(config).data.mixture
+    assert (entries.sav.source, entries.sa1b.source) == ("folder", "tfds")
+
+
+@pytest.mark.parametrize("key", ["root", "include", "exclude"])
+def test_rendered_clips_are_in_no_folder_and_on_no_list(key):
+    config = synthetic.get_config("nano")
+    config.data[key] = "somewhere"
+    with pytest.raises(UserError, match=f"data.{key}=somewhere is of no use to"):
+        config_lib.check(config)
 
 
 def test_finished_configs_are_locked():

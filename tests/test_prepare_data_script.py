@@ -144,12 +144,14 @@ def test_a_mixture(script, clips, tmp_path, capsys):
             script.main(taken)
 
 
-def test_what_is_drawn_while_training_may_change(script, clips, tmp_path):
+def test_what_is_drawn_while_training_may_change(script, clips, tmp_path, capsys):
     with flagsaver.flagsaver(output=str(tmp_path / "out"), workers=1):
         script.main(small(clips))
         config = small(clips)
         config.data.num_frames, config.data.max_stride, config.data.augment.hflip = 2, 3, 0.0
+        assert "already packed" not in capsys.readouterr().out
         script.main(config)  # nothing to do
+        assert f"{tmp_path}/out: already packed, not read again" in capsys.readouterr().out
         config.data.folder.single_object = True
         with pytest.raises(UserError, match="with folder.single_object false, now it is true"):
             script.main(config)

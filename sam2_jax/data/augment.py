@@ -37,8 +37,8 @@ class AugmentSettings(NamedTuple):
     frame_jitter: tuple[float, float, float] = (0.1, 0.05, 0.05)  # the same, drawn per frame
     mosaic: float = 0.0  # probability of a 2 x 2 mosaic
     mosaic_hflip: bool = False  # flip each cell of a mosaic or not, at random
-    noise: float = 0.0  # standard deviation of gaussian noise, levels
     blur: float = 0.0  # largest sigma of a gaussian blur, pixels; uniform from 0
+    noise: float = 0.0  # standard deviation of gaussian noise, levels; a camera's, so not blurred
     fill: Colour = (123, 116, 103)  # RGB outside a turned or padded frame
 
 
@@ -78,11 +78,11 @@ def augment(
     for frame in frames:
         adjust(frame, whole_clip + draw_jitter(rng, settings.frame_jitter))
     blur = rng.uniform(0, settings.blur)
-    if settings.noise:
-        _add_noise(rng, frames, settings.noise)
     if blur:
         for frame in frames:
             cv2.GaussianBlur(frame, (0, 0), blur, dst=frame)
+    if settings.noise:
+        _add_noise(rng, frames, settings.noise)
     return frames, masks
 
 

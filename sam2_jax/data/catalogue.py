@@ -49,8 +49,8 @@ SINGLE = "train"  # name of the only source where there is no mixture
 def make_parts(config: Any, broken: list[UserError] | None = None) -> list[Part]:
     """Open the training sources that `config.data` names, and check them.
 
-    The source `tfds` does not look at `config.data.root`: `config.finish` has turned it into
-    `folder` where that is given. What is wrong with clips that are left out (`data.on_error`) is
+    The source `tfds` does not look at its root: `config.finish` has turned it into `folder` where
+    that is given. What is wrong with clips that are left out (`data.on_error`) is
     added to `broken`.
 
     Raises:
@@ -125,7 +125,8 @@ def open_training(
         case "volumes":
             return open_volumes(root, **common)
         case "tfds":
-            return PreparedSource(source.tfds.dataset, "train", common["faults"])
+            lists = (source.include, source.exclude)
+            return PreparedSource(source.tfds.dataset, "train", common["faults"], *lists)
         case "packed":
             return open_packed(root, **common)
         case _:
@@ -152,8 +153,9 @@ def make_eval_source(config: Any, broken: list[UserError] | None = None) -> Vide
 
     `config.data.eval_root`, a folder of clips or of packed ones, goes before what belongs to
     `config.data.source`: the val list or the clips held out of a folder, the validation split of
-    TensorFlow Datasets, other rendered clips. None where there is nothing of the kind. What is
-    wrong with clips that are left out is added to `broken`.
+    TensorFlow Datasets, other rendered clips. None where there is nothing of the kind.
+    `config.data.folder` is about `config.data.root` and not applied to another `eval_root`. What
+    is wrong with clips that are left out is added to `broken`.
 
     Raises:
         UserError: nothing there, or something there is broken.
@@ -167,8 +169,10 @@ def make_eval_source(config: Any, broken: list[UserError] | None = None) -> Vide
     if data.eval_root and is_packed(data.eval_root):
         source = open_packed(data.eval_root, key="config.data.eval_root", faults=faults)
     elif data.eval_root or (data.source == "folder" and (data.root or not data.mixture)):
-        names = {"include": data.include, "exclude": data.exclude}
-        source = eval_folder(data.root, data.eval_root, faults=faults, **names, **data.folder)
+        settings: dict[str, Any] = {"include": data.include, "exclude": data.exclude}
+        if data.eval_root in ("", data.root):  # data.folder says how that folder is laid out
+            settings |= data.folder
+        source = eval_folder(data.root, data.eval_root, faults=faults, **settings)
     else:
         return None
     if broken is not None:

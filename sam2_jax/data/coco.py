@@ -131,7 +131,7 @@ def open_coco(
         by_image = defaultdict(list)
         for a in data["annotations"]:
             by_image[int(a["image_id"])].append(a)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{annotations} lacks what COCO's instances have (images with id, file_name, height "
             f"and width, annotations with image_id; {type(error).__name__} {error}): export it "
@@ -154,8 +154,19 @@ def open_coco(
         )
     names = [entries[i][0] for i in ids]
     ids = [ids[i] for i in choose(names, include, exclude, annotations)]
+    total = len(ids)
+    for i in ids:
+        if "\0" in entries[i][0]:
+            faults.add(
+                UserError(
+                    f"{annotations} has the file name {entries[i][0]!r}, which no file can have: "
+                    f"{MEND}"
+                )
+            )
+    ids = [i for i in ids if "\0" not in entries[i][0]]
     pictures, left = [], {"crowds": 0, "empty": 0, "too large": 0}
-    sizes = scan_files([root / entries[i][0] for i in ids], look_at_image, where=images, quick=True)
+    files = [root / entries[i][0] for i in ids]
+    sizes = scan_files(files, look_at_image, where=images, quick=True, faults=faults)
     hide = len(ids) <= SHOW_PROGRESS  # all of COCO takes a minute
     for i, size in zip(tqdm(ids, "checking masks", leave=False, disable=hide), sizes, strict=True):
         name, height, width = entries[i]
@@ -174,7 +185,7 @@ def open_coco(
         packed = zlib.compress(json.dumps(kept).encode(), 1)
         video = Video(name, 1, height, width)
         pictures.append(Picture(video, len(kept), packed))
-    notes = faults.notes(len(ids), annotations)
+    notes = faults.notes(total, annotations)
     if any(left.values()):
         told = ", ".join(f"{count:,} {what}" for what, count in left.items() if count)
         notes.append(f"{sum(left.values()):,} annotations left out: {told}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from sam2_jax.data.files import AnyPath
+from sam2_jax.data.files import AnyPath, is_folder, unreadable
 from sam2_jax.types import UserError
 
 RESOLUTIONS = ("480p", "Full-Resolution", "1080p")  # the first that is there, if none is named
@@ -21,15 +21,15 @@ def clip_folders(root: AnyPath, resolution: str, key: str) -> tuple[AnyPath, Any
         UserError: there is no such resolution.
     """
     images, annotations = root / "JPEGImages", root / "Annotations"
-    if resolution and not (images / resolution).is_dir():
-        there = [name for name in RESOLUTIONS if (images / name).is_dir()]
+    if resolution and not is_folder(images / resolution):
+        there = [name for name in RESOLUTIONS if is_folder(images / name)]
         raise UserError(
             f"{key}={root} has no JPEGImages/{resolution}, found "
             f"{', '.join(there) or 'no resolutions at all'}: set the resolution to one of these, "
             "or leave it empty"
         )
     for name in (resolution,) if resolution else RESOLUTIONS:
-        if (images / name).is_dir():
+        if is_folder(images / name):
             return images / name, annotations / name, True
     return images, annotations, False
 
@@ -44,14 +44,17 @@ def listed_clips(root: AnyPath, split: str, key: str) -> tuple[list[str], AnyPat
         UserError: the list is missing, cannot be read, is empty, or has lines of another kind.
     """
     paths = [root / "ImageSets" / name / f"{split}.txt" for name in LISTS]
-    path = next((path for path in paths if path.is_file()), None)
+    try:
+        path = next((path for path in paths if path.is_file()), None)
+    except OSError as error:
+        raise unreadable(root / "ImageSets", error) from error
     if path is None:
         raise UserError(
             f"{paths[0]} is missing, though {key}={root} has the DAVIS layout: expected one clip "
             "name a line; take it from the DAVIS archive or write it"
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows puts a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a list of clips ({error}): mend it") from error
     names = _names((line for line in lines if line.strip()), path)

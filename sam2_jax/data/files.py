@@ -79,8 +79,25 @@ def subfolders(folder: AnyPath) -> list[str]:
     entries = [path for path in entries_of(folder) if not path.name.startswith(".")]
     # One question each to a network file system; few entries are not worth the threads.
     with ThreadPoolExecutor(min(THREADS, 1 + len(entries) // THREADS)) as pool:
-        folders = pool.map(lambda path: path.is_dir(), entries)
+        folders = pool.map(is_folder, entries)
         return sorted(path.name for path, is_dir in zip(entries, folders, strict=True) if is_dir)
+
+
+def is_folder(path: AnyPath) -> bool:
+    """Whether there is such a folder.
+
+    Raises:
+        UserError: one above it may not be looked into.
+    """
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: AnyPath | str, error: Exception) -> UserError:
+    """What to say of a folder that the system refuses to show."""
+    return UserError(f"{path} cannot be read ({error}): give read permission, or copy it again")
 
 
 def entries_of(folder: AnyPath) -> list[AnyPath]:
@@ -98,9 +115,7 @@ def entries_of(folder: AnyPath) -> list[AnyPath]:
             there = True
         if not there:
             return []
-        raise UserError(
-            f"{folder} cannot be listed ({error}): give read permission, or copy it again"
-        ) from error
+        raise unreadable(folder, error) from error
 
 
 def image_names(folder: AnyPath, suffixes: tuple[str, ...]) -> list[str]:

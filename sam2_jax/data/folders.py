@@ -22,6 +22,7 @@ from sam2_jax.data.files import (
     Files,
     collect,
     entries_of,
+    is_folder,
     open_root,
     pair_files,
     stem,
@@ -253,9 +254,9 @@ def _clip_names(
     """Names of the clips, sorted, and whether they come from a list of DAVIS."""
     folder = open_root(root, key, WANTED)
     images, annotations, is_davis = clip_folders(folder, resolution, key)
-    if not images.is_dir() or not annotations.is_dir():
+    if not is_folder(images) or not is_folder(annotations):
         entries = sorted(entries_of(folder))
-        inner = next((d for d in entries if (d / "JPEGImages").is_dir()), None)
+        inner = next((d for d in entries if is_folder(d / "JPEGImages")), None)
         hint = f"; {inner} has them, give that" if inner else ""
         there = ", ".join(d.name for d in entries[:5]) or "nothing"
         raise UserError(f"{key}={root} holds {there}: {WANTED}{hint}")

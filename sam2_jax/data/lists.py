@@ -1,9 +1,12 @@
 """Text files that name the clips to take or to leave out, one a line."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from sam2_jax.types import UserError, listed
+
+PICTURES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 
 def choose(names: Sequence[str], include: str, exclude: str, where: str) -> list[int]:
@@ -43,18 +46,29 @@ def choose(names: Sequence[str], include: str, exclude: str, where: str) -> list
     return list(taken)
 
 
+def _stem(name: str) -> str:
+    """A clip's name without the ending of a picture."""
+    path = Path(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in PICTURES else name
+
+
 def _read(path: str, names: set[str]) -> dict[str, None]:
     """Names of a list, in order."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text("utf-8-sig").splitlines()  # Windows puts a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}), expected a text file with the name of a clip a line"
         ) from error
+    # Of pictures whose name has its ending; two of one name but for that are told apart by it.
+    stems = Counter(_stem(name) for name in names)
+    whole = {_stem(name): name for name in names if stems[_stem(name)] == 1}
     found = {}
     for line in filter(None, map(str.strip, lines)):
         stem = str(Path(line).with_suffix("")) if line not in names and Path(line).name else line
-        found[stem if stem in names else line] = None
+        if stem not in names:
+            stem = whole.get(line, line)
+        found[stem] = None
     if not found:
         raise UserError(f"{path} is empty, expected the name of a clip a line: fill or drop it")
     return found

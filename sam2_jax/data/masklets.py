@@ -66,7 +66,8 @@ def _parse(path: Path, ann_every: int, time: int) -> Masklets:
             f"{path} has video_height and video_width {size}, expected two numbers: {MEND}"
         )
     if "fps" in fields:
-        fps = fields["fps"][0] if isinstance(fields["fps"], list) else fields["fps"]
+        fps: Any = fields["fps"]
+        fps = fps[0] if isinstance(fps, list) and fps else fps
         if not _is_whole(fps) or FPS % int(fps):
             raise UserError(f"{path} has fps {fps}, expected a divisor of {FPS}: {MEND}")
         ann_every = FPS // int(fps)

@@ -7,7 +7,8 @@ Everything is a function of a position in the stream, so nothing but the positio
 which source gives batch n, which clips are in it, what is random about them. Of the two ways to
 choose the source, "interleave" is the default: after any number of steps each source has had its
 share to within a batch or two, where independent draws ("random", the reference's) stray by the
-square root of the number of steps and end each epoch with whatever source is left.
+square root of the number of steps and end each epoch with whatever source is left. So with
+"random" weights only order an epoch: over all of it a source has its share of the epoch's batches.
 """
 
 import functools
@@ -30,7 +31,7 @@ class Share(NamedTuple):
     name: str
     clips: int
     batch_size: int  # clips of a batch over all processes
-    weight: float  # share of the batches; 0 for all: proportional to the batches of an epoch
+    weight: float  # share of the batches (see above); 0 for all: in proportion to their batches
     multiplier: float  # how often an epoch shows a clip, on average
 
     @property

@@ -18,6 +18,7 @@ import av
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from sam2_jax.data.headers import Header, too_large
 from sam2_jax.data.scan import changed
 from sam2_jax.types import UserError, listed
 
@@ -61,7 +62,8 @@ def read_header(path: Path) -> VideoHeader:
     """Number and size of the frames. Only the first is decoded.
 
     Raises:
-        UserError: the file cannot be opened or decoded, or its end is missing.
+        UserError: the file cannot be opened or decoded, its end is missing, or frames are larger
+            than pictures may be.
     """
     with _opened(path) as (container, stream):
         packets = stream.index_entries
@@ -70,6 +72,9 @@ def read_header(path: Path) -> VideoHeader:
             raise UserError(
                 f"{path} is cut short at {length:,} bytes, its frames go on to {end:,}: {MEND}"
             )
+        coded = stream.codec_context
+        if fault := too_large(Header(coded.width, coded.height, "video", 8)):
+            raise UserError(f"{path} {fault}")
         first = next(container.decode(stream), None)
         if first is None:
             raise UserError(f"{path} has no frame that can be decoded: {MEND}")

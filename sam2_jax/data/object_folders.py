@@ -26,6 +26,7 @@ from sam2_jax.data.files import (
     check_gaps,
     collect,
     image_names,
+    is_folder,
     number_key,
     open_root,
     stem,
@@ -116,7 +117,7 @@ def open_object_folders(
     faults = faults or Faults()
     folder = open_root(root, key, WANTED)
     images, annotations = (
-        next((folder / name for name in names if (folder / name).is_dir()), None)
+        next((folder / name for name in names if is_folder(folder / name)), None)
         for names in (IMAGES, ANNOTATIONS)
     )
     if images is None or annotations is None:

@@ -27,6 +27,7 @@ from sam2_jax.data.files import (
     Files,
     collect,
     image_names,
+    is_folder,
     open_root,
     stem,
     subfolders,
@@ -106,9 +107,9 @@ def open_pictures(
     """
     faults = faults or Faults()
     folder = open_root(root, key, WANTED)
-    layout = next((pair for pair in LAYOUTS if (folder / pair[0]).is_dir()), LAYOUTS[0])
+    layout = next((pair for pair in LAYOUTS if is_folder(folder / pair[0])), LAYOUTS[0])
     images, masks = (folder / name for name in layout)
-    if not images.is_dir() or not masks.is_dir():
+    if not is_folder(images) or not is_folder(masks):
         there = ", ".join(subfolders(folder)[:5]) or "no folders"
         raise UserError(f"{key}={root} holds {there}: {WANTED}")
     frames = {stem(name): name for name in image_names(images, FRAME_SUFFIXES)}

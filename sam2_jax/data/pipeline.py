@@ -5,31 +5,20 @@ clip, frames and pixels for any number of processes and of workers. Processes de
 among themselves, so that together they see what one process alone would see.
 """
 
-import json
-import multiprocessing
-import os
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import grain
 import numpy as np
-from absl import flags
 from jaxtyping import Bool, UInt8
 
 from sam2_jax.data import mixture, sources
 from sam2_jax.data.augment import AugmentSettings, augment
+from sam2_jax.data.loader import Loader
 from sam2_jax.data.sampling import Sampling, sample_clip
 from sam2_jax.data.sources import SKIP, STOP, VideoSource
 from sam2_jax.types import Batch, UserError
-
-# Batches of one process or worker in preparation. Grain's defaults (16 threads, 500 elements)
-# would hold 12 GB of 8-frame clips of 1024 pixels.
-READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-POLL = 2.0  # seconds between a worker's looks at its trainer
-SOME = 50  # clips after which a share of broken ones means something
 
 
 class Part(NamedTuple):
@@ -93,32 +82,37 @@ class MakeExample:
         """With `on_error` "skip" another clip takes the place of one that cannot be read."""
         self._part, self._side = part, side
         self._skip, self._max_bad = on_error == SKIP, max_bad
-        self._made = self._bad = 0  # of this process or worker
+        self._bad: set[int] = set()  # met by this process or worker, each counted once
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         """The clip's example, or that of the next clip drawn which can be read."""
-        self._made += 1
+        count = len(self._part.source)
         while True:
             try:
                 return make_example(self._part, int(index), rng, self._side)
             except UserError as error:
                 if not self._skip:
                     raise
-                self._bad += 1
-                told = f"{self._bad} of {self._made} clips of {self._part.name} could not be read"
-                if self._bad > max(1, self._max_bad * max(self._made, SOME)):
+                self._bad.add(int(index))
+                bad = len(self._bad)
+                told = f"{bad} of {count} clips of {self._part.name} could not be read"
+                # One is let pass in any case, but where no clip is left the search would not end.
+                if bad > max(1, self._max_bad * count) or bad == count:
                     raise UserError(
                         f"{told}, more than config.data.max_bad={self._max_bad} allows: {error}"
                     ) from error
                 print(f"warning: {told}, another takes its place: {error}", file=sys.stderr)
                 # Drawn from the clip's own generator: the same replacement in every run
-                index = int(rng.integers(len(self._part.source)))
+                index = int(rng.integers(count))
 
 
 def describe(parts: Sequence[Part], draw: str) -> list[tuple[str, str]]:
     """`(label, value)` lines of the start-up table: every source, its batches and its share."""
     rows = []
-    chances = mixture.weights([part.share for part in parts])
+    shares = [part.share for part in parts]
+    chances = mixture.weights(shares)
+    if draw == mixture.RANDOM:  # an epoch draws all batches of all sources: weights only order them
+        chances = [share.batches / sum(s.batches for s in shares) for share in shares]
     for part, chance in zip(parts, chances, strict=True):
         rows += [(f"{part.name} {label}", value) for label, value in sources.describe(part.source)]
         frames, objects = part.sampling.num_frames, part.sampling.max_objects
@@ -149,100 +143,6 @@ class NameClip:
 def stack(examples: Sequence[Example]) -> Batch:
     """Examples to one batch, new leading axis."""
     return Batch(*(np.stack(arrays) for arrays in zip(*examples, strict=True)))
-
-
-def end_with_trainer(index: int, count: int) -> None:
-    """Let a loader process end soon after its trainer, even one that was killed."""
-    del index, count
-    # Who started this process, which may be gone by now; os.getppid() would name its heir.
-    trainer = multiprocessing.parent_process()
-    if trainer is None:
-        return
-
-    def watch() -> None:
-        while os.getppid() == trainer.pid:
-            time.sleep(POLL)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class Loader(Iterator[Batch]):
-    """Batches from a position of the stream on, without end.
-
-    The position, the number of batches given out, is its whole state, so a run goes on exactly
-    with any number of workers and of processes: the stream is not read up to it but cut there.
-    """
-
-    def __init__(
-        self,
-        stream: grain.MapDataset[Batch],
-        workers: int,
-        names: Callable[[int], list[tuple[str, str]]],
-        contents: dict[str, int],
-    ) -> None:
-        """`names`: (source, clip) of all rows of a batch; `contents`: clips by source.
-
-        With another number of clips it is another stream.
-        """
-        self._stream, self._workers, self._names = stream, workers, names
-        self._contents = contents
-        self._position = 0
-        self._batches: grain.DatasetIterator[Batch] | None = None
-
-    def __next__(self) -> Batch:
-        """The next batch. Its arrays may lie in shared memory: copy what is kept."""
-        if self._batches is None:
-            self._batches = iter(self._open())
-        batch = next(self._batches)
-        self._position += 1
-        return batch
-
-    def _open(self) -> grain.IterDataset[Batch]:
-        rest = self._stream[self._position :] if self._position else self._stream
-        read = rest.to_iter_dataset(READ)
-        if not self._workers:
-            return read
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads absl flags when it starts its workers
-        options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-        return read.mp_prefetch(options, worker_init_fn=end_with_trainer)
-
-    def source_of(self, position: int) -> str:
-        """Name of the source that batch number `position` comes from."""
-        return self._names(position)[0][0]
-
-    def clips_of(self, position: int) -> list[str]:
-        """Names of the clips of batch number `position`, of all processes.
-
-        Of a clip that cannot be read (`on_error` "skip") its own, not its replacement's.
-        """
-        return [clip for _, clip in self._names(position)]
-
-    def get_state(self) -> dict[str, Any]:
-        """What `set_state` takes: JSON, the same on every process."""
-        return {"batches": self._position, "clips": self._contents}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on after so many batches.
-
-        Raises:
-            UserError: the sources have not as many clips as then, so this is another stream.
-        """
-        if state["clips"] != self._contents:
-            raise UserError(
-                f"the training data have changed: {json.dumps(state['clips'])} clips at the "
-                f"checkpoint, {json.dumps(self._contents)} now; put back what was there, or start "
-                "a new --workdir with --config.checkpoint.init_from=OLD_WORKDIR"
-            )
-        self.close()
-        self._position = state["batches"]
-
-    def close(self) -> None:
-        """Ends worker processes and gives back their shared memory."""
-        if self._batches is not None:
-            self._batches.close()
-        self._batches = None
 
 
 def make_loader(
@@ -297,4 +197,14 @@ def make_loader(
         workers,
         lambda position: all_names[position] or [],
         {part.name: len(part.source) for part in parts},
+        checksum(parts),
     )
+
+
+def checksum(parts: Sequence[Part]) -> int:
+    """32 bits of the names of all clips, in order."""
+    found = 0
+    for part in parts:
+        for index in range(len(part.source)):
+            found = zlib.crc32(f"{part.source.video(index).name}\n".encode(), found)
+    return found

@@ -17,7 +17,7 @@ from jaxtyping import Bool, UInt8
 
 from sam2_jax.data.file_source import read_file
 from sam2_jax.data.lists import choose
-from sam2_jax.data.rle import decode_rle
+from sam2_jax.data.rle import decode_rle, rle_area
 from sam2_jax.data.scan import (
     changed,
     decode_pictures,
@@ -144,7 +144,7 @@ def open_sa1b(
             faults.add(UserError(f"{image} has no {image.stem}.json below {root}: {MEND}"))
     look = functools.partial(look_at_image, max_area=max_area, min_stability=min_stability)
     files, seen, left = [], [], 0
-    for pair, found in zip(whole, scan_files(whole, look, where=root), strict=True):
+    for pair, found in zip(whole, scan_files(whole, look, where=root, faults=faults), strict=True):
         if isinstance(found, UserError):
             faults.add(found)
             continue
@@ -177,9 +177,11 @@ def look_at_image(json: Path, image: Path, max_area: float, min_stability: float
     """Height, width, number of masks kept and left out; given to `scan_files`.
 
     Raises:
-        UserError: a file is broken, or they are of different sizes.
+        UserError: a file or a mask is broken, or they are of different sizes.
     """
     height, width, kept, left = _annotations(json, max_area, min_stability)
+    for k, rle in enumerate(kept, 1):
+        rle_area(rle, height, width, f"{json}: object {k}")  # so that training does not meet it
     if (size := frame_size(image)) != (height, width):
         raise UserError(
             f"{image} is {size[1]} x {size[0]}, but {json} is for {width} x {height}: {MEND}"
@@ -206,7 +208,7 @@ def _parse(
             for a in annotations
             if _passes(a, height * width, max_area, min_stability)
         ]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
             f"{path} lacks what SA-1B's files have (image with height and width, annotations with "
             f"segmentation and area; {type(error).__name__} {error}): {MEND}"

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+NEVER = 1e-300  # weight of a direction of probability 0: behind all others
+
 
 class Sampling(NamedTuple):
     """How examples are drawn from a clip. The defaults are the reference's."""
@@ -40,9 +42,10 @@ def sample_clip(
     The first frame shown has a visible object. The objects followed are a random choice of those
     visible there, at most `max_objects`; with probability `later_objects` one of those and a
     random choice of all that are visible on any frame shown.
-    The reference redraws the start up to 1000 times until something is visible there
+    The reference redraws start and direction up to 1000 times until something is visible there
     (facebookresearch/sam2@2b90b9f training/dataset/vos_sampler.py, RandomUniformSampler); walking
-    through the starts in random order gives the same distribution and cannot miss one.
+    through all pairs of them in a weighted random order gives the same distribution and cannot
+    miss one.
 
     Args:
         rng: the only randomness.
@@ -71,7 +74,12 @@ def sample_clip(
 def _candidates(
     rng: np.random.Generator, video_frames: int, settings: Sampling
 ) -> Iterator[list[int]]:
-    """Every way to place the frames, in random order; last those against the drawn direction."""
+    """Every way to place the frames, in random order; last a direction of probability 0.
+
+    The order is that of drawing pairs of start and direction without replacement, by weight: the
+    smallest of exponential variables divided by the weights is each with its share of them. The
+    first pair that shows an object is then drawn from those that do, by weight.
+    """
     steps = settings.num_frames - 1
     longest = (video_frames - 1) // steps if steps else 1
     most = min(settings.max_stride, longest)
@@ -80,12 +88,13 @@ def _candidates(
     first = int(rng.integers(settings.min_stride, most + 1)) if most > settings.min_stride else most
     # A shorter stride has more starts: only where none of the drawn one shows an object.
     for stride in (first, *(s for s in range(settings.min_stride, most + 1) if s != first)):
-        starts = rng.permutation(video_frames - steps * stride)
-        drawn = [(int(start), bool(rng.random() < settings.reverse)) for start in starts]
-        for against in (False, True) if settings.reverse else (False,):
-            for start, backwards in drawn:
-                frames = list(range(start, start + steps * stride + 1, stride))
-                yield frames[::-1] if backwards != against else frames
+        starts = video_frames - steps * stride
+        chances = [1 - settings.reverse, settings.reverse] if settings.reverse else [1.0]
+        weights = np.maximum(np.repeat(chances, starts), NEVER)
+        for place in np.argsort(rng.exponential(size=weights.size) / weights):
+            backwards, start = divmod(int(place), starts)
+            frames = list(range(start, start + steps * stride + 1, stride))
+            yield frames[::-1] if backwards else frames
 
 
 def _choose(rng: np.random.Generator, ids: Sequence[int], most: int) -> list[int]:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, UInt8
 
 from sam2_jax.data import mp4
 from sam2_jax.data.file_source import read_file
+from sam2_jax.data.files import entries_of
 from sam2_jax.data.lists import choose
 from sam2_jax.data.masklets import (
     MEND,
@@ -167,7 +168,7 @@ def open_sav(
             faults.add(UserError(f"{json} has neither {name}.mp4 nor frames in {name}/: {MEND}"))
     look = functools.partial(look_at_clip, ann_every=ann_every)
     clips, total = [], 0
-    for pair, seen in zip(pairs, scan_files(pairs, look, where=root), strict=True):
+    for pair, seen in zip(pairs, scan_files(pairs, look, where=root, faults=faults), strict=True):
         if isinstance(seen, UserError):
             faults.add(seen)
             continue
@@ -261,8 +262,8 @@ def _check_size(path: Path, found: tuple[int, ...], json: Path, wanted: tuple[in
 
 def _files(folder: Path) -> dict[int, Path]:
     """Extracted frames by their number in the video."""
-    files = [path for path in folder.iterdir() if path.suffix.lower() in FRAMES]
-    return {int(path.stem): path for path in files if path.stem.isdecimal()}
+    files = [path for path in entries_of(folder) if path.suffix.lower() in FRAMES]
+    return {int(path.stem): Path(path) for path in files if path.stem.isdecimal()}
 
 
 def _file(folder: Path, number: int) -> Path:

@@ -11,7 +11,9 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import stat
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -26,12 +28,12 @@ from tqdm.auto import tqdm
 from sam2_jax.data.checks import read_header
 from sam2_jax.data.decode import decode_frame
 from sam2_jax.data.file_source import decode_file, read_file
-from sam2_jax.data.files import open_root
+from sam2_jax.data.files import open_root, unreadable
 from sam2_jax.data.headers import frame_fault
-from sam2_jax.data.sources import THREADS, Video
+from sam2_jax.data.sources import THREADS, Faults, Video
 from sam2_jax.types import UserError
 
-FORMAT = 1  # of what the functions given to `scan_files` return: raise it when that changes
+FORMAT = 2  # of what the functions given to `scan_files` return: raise it when that changes
 PART = 64  # files of one task of a pool
 FEW = 16  # files that are not worth a pool
 POOL_BYTES = 128 * 2**20  # more than this is worth the seconds in which processes start
@@ -42,21 +44,30 @@ Found = Any  # whatever JSON can hold
 
 
 def scan_files(
-    paths: Sequence[Path | Group], look: Callable[..., Found], *, where: str, quick: bool = False
+    paths: Sequence[Path | Group],
+    look: Callable[..., Found],
+    *,
+    where: str,
+    quick: bool = False,
+    faults: Faults | None = None,
 ) -> list[Found | UserError]:
     """Run `look(path)` on every file, or take what it returned the last time.
 
     Args:
         paths: files; or tuples of files that belong together, given to `look` one by one. The
-            first one names the entry. A folder stands for the names in it.
+            first one names the entry. A folder stands for the files in it.
         look: returns what JSON can hold, or raises a UserError. It must pickle (a function of a
             module, or a `partial` of one): it may run in other processes.
         where: what is scanned, for the progress bar.
         quick: `look` reads only headers, and other processes would not pay for themselves.
+        faults: what the caller will do about errors; where the first one stops, it stops the scan.
 
     Returns:
         What `look` returned, or the UserError that it raised, in the order of `paths`. Errors
         are not remembered.
+
+    Raises:
+        UserError: the first one of `look`, if `faults` say so; what was found is remembered.
     """
     groups = [(path,) if isinstance(path, Path) else path for path in paths]
     results: list[Any] = [None] * len(groups)
@@ -74,17 +85,20 @@ def scan_files(
                 todo.append(i)
     size = 0 if quick else sum(stamps[i][0][1] for i in todo)
     looked = _look_at([groups[i] for i in todo], look, where, size)
-    for folder, pairs in groupby(
-        zip(todo, looked, strict=True), key=lambda pair: groups[pair[0]][0].parent
-    ):
-        new = {}
-        try:
-            for i, found in pairs:
-                results[i] = found
-                if not isinstance(found, UserError):
-                    new[groups[i][0].name] = [stamps[i], found]
-        finally:  # also when it is interrupted
-            _save(_cache_file(folder, look), new)
+    with contextlib.closing(looked):
+        for folder, pairs in groupby(
+            zip(todo, looked, strict=True), key=lambda pair: groups[pair[0]][0].parent
+        ):
+            new = {}
+            try:
+                for i, found in pairs:
+                    results[i] = found
+                    if not isinstance(found, UserError):
+                        new[groups[i][0].name] = [stamps[i], found]
+                    elif faults and faults.stop:
+                        raise found
+            finally:  # also when it is interrupted
+                _save(_cache_file(folder, look), new)
     return results
 
 
@@ -112,9 +126,16 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """Every folder below `root`, itself included, and the names of its files; links are followed.
 
     Both come in the order of their names.
+
+    Raises:
+        UserError: a folder cannot be listed: what it holds would be lacking without a word.
     """
+
+    def stop(error: OSError) -> None:
+        raise unreadable(error.filename or str(root), error) from error
+
     seen = set()
-    for folder, inner, names in os.walk(root, followlinks=True):
+    for folder, inner, names in os.walk(root, onerror=stop, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link that leads back up would never end
             inner.clear()
@@ -179,10 +200,20 @@ def _stamp(group: Group) -> list[list[Any]]:
         name = path.name if path.parent == group[0].parent else str(path)
         try:
             found = path.stat()
-            stamp.append([name, found.st_size, found.st_mtime_ns])
+            if stat.S_ISDIR(found.st_mode):  # its own time tells only of names that come and go
+                with os.scandir(path) as entries:
+                    inner = sorted((e.name, *_size_and_time(e)) for e in entries)
+                stamp.append([name, len(inner), zlib.crc32(repr(inner).encode())])
+            else:
+                stamp.append([name, found.st_size, found.st_mtime_ns])
         except OSError:
             stamp.append([name, 0, 0])  # `look` will say it better
     return stamp
+
+
+def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
+    found = entry.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _looked(look: Callable[..., Found], groups: list[Group]) -> list[Found | UserError]:
@@ -197,7 +228,7 @@ def _looked(look: Callable[..., Found], groups: list[Group]) -> list[Found | Use
 
 def _look_at(
     groups: list[Group], look: Callable[..., Found], where: str, size: int
-) -> Iterator[Found | UserError]:
+) -> Generator[Found | UserError, None, None]:
     """Results in order, from processes, threads, or one after the other."""
     task = partial(_looked, look)
     if len(groups) <= FEW and size < POOL_BYTES:

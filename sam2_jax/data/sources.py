@@ -5,18 +5,23 @@ their original resolution. It is opened once, checks everything there, and is th
 must pickle, since loader processes receive a copy. An image is a clip of one frame.
 """
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, runtime_checkable
+import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 from tqdm.auto import tqdm
 
-from sam2_jax.types import UserError, listed
+from sam2_jax.types import NAMED, UserError, listed
 
 THREADS = 16  # waits for disks and network file systems, not for the processor
 SHOW_PROGRESS = 2000  # clips, a second or two
+BLOCK = 4096  # jobs that a pool is given at a time
+T = TypeVar("T")
+R = TypeVar("R")
 SKIP, STOP = "skip", "stop"  # what config.data.on_error can be
 
 
@@ -76,12 +81,12 @@ class Faults:
 
     def __init__(self, on_error: str = STOP, max_bad: float = 0.0) -> None:
         """`max_bad`: the share of clips, 0-1, that may be left out with `on_error` "skip"."""
-        self._skip, self._max_bad = on_error == SKIP, max_bad
+        self.stop, self._max_bad = on_error != SKIP, max_bad
         self.errors: list[UserError] = []
 
     def add(self, error: UserError) -> None:
         """One clip is broken. Raises the error unless broken clips are left out."""
-        if not self._skip:
+        if self.stop:
             raise error
         self.errors.append(error)
 
@@ -110,7 +115,7 @@ class Selection:
         """`notes` come after those of the source."""
         self.name = source.name
         self.notes = [*source.notes, *notes]
-        self.source, self.indices = source, list(indices)
+        self.source, self.indices = source, array.array("q", indices)
 
     def __len__(self) -> int:
         """Number of clips."""
@@ -129,6 +134,12 @@ class Selection:
     ) -> tuple[UInt8[np.ndarray, "t h w 3"], Bool[np.ndarray, "t o h w"]]:
         """Frames and masks."""
         return self.source.read(self.indices[index], frames, objects)
+
+
+def in_blocks(pool: Executor, look: Callable[[T], R], jobs: Sequence[T]) -> Iterator[R]:
+    """`pool.map`, which takes kilobytes of memory for every job, for any number of jobs."""
+    for start in range(0, len(jobs), BLOCK):
+        yield from pool.map(look, jobs[start : start + BLOCK])
 
 
 def keep_usable(
@@ -161,25 +172,30 @@ def keep_usable(
             return error
         return "without a visible object where a sample may start"
 
-    indices, reasons = [], {}
+    indices = array.array("q")  # of 11 million images in SA-1B
+    counts: Counter[str] = Counter()
+    first: dict[str, list[str]] = {}  # the names that are told, by reason
     with ThreadPoolExecutor(THREADS) as pool:
-        found: Iterable[str | UserError] = pool.map(look, range(len(source)))
+        found: Iterable[str | UserError] = in_blocks(pool, look, range(len(source)))
         if len(source) > SHOW_PROGRESS:
             found = tqdm(found, "looking for objects", len(source), leave=False, unit="clip")
         for index, reason in enumerate(found):
             if isinstance(reason, UserError):
                 faults.add(reason)
             elif reason:
-                reasons[reason] = [*reasons.get(reason, []), source.video(index).name]
+                counts[reason] += 1
+                if counts[reason] <= NAMED:
+                    first.setdefault(reason, []).append(source.video(index).name)
             else:
                 indices.append(index)
-    notes = [
-        f"{len(names)} of {len(source)} clips left out, {reason}: {listed(names)}"
-        for reason, names in sorted(reasons.items())
-    ]
+    notes = []
+    for reason, names in sorted(first.items()):
+        more = counts[reason] - len(names)
+        told = "; ".join(names) + (f"; and {more} more" if more else "")
+        notes.append(f"{counts[reason]} of {len(source)} clips left out, {reason}: {told}")
     notes += faults.notes(len(source), source.name)
     if not indices:
-        why = "; ".join(notes) or "it has no clips"
+        why = "; ".join([*source.notes, *notes]) or "it has no clips"
         raise UserError(
             f"{source.name} has no clip to train on ({why}): lower config.data.num_frames or the "
             "stride, or check that masks hold objects (0 is background)"

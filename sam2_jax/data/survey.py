@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt8, UInt64
 
-from sam2_jax.data.sources import VideoSource
+from sam2_jax.data.sources import VideoSource, in_blocks
 from sam2_jax.types import UserError
 
 CHUNK = 16  # frames read at a time, fewer where they and their masks take more than
@@ -160,7 +160,7 @@ def look_at(
     """
     if not workers:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            yield from threads.map(lambda job: (job[0], look(sources[job[0]], job[1])), jobs)
+            yield from in_blocks(threads, lambda job: (job[0], look(sources[job[0]], job[1])), jobs)
         return
     # Not forked: threads of JAX may hold locks that nobody would ever release in the copy.
     spawn = multiprocessing.get_context("spawn")

@@ -122,6 +122,8 @@ def duplicates(tallies: Sequence[Tally]) -> list[Twice]:
 
     Of three clips with a frame in common, two pairs are told: the first clip with each other one.
     """
+    if not tallies:
+        return []
     found = [tally.hashes() for tally in tallies]
     hashes = np.concatenate([h for h, _ in found])
     clips = np.concatenate([c for _, c in found])

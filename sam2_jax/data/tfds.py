@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from sam2_jax.data.decode import decode_frame
+from sam2_jax.data.lists import choose
 from sam2_jax.data.records import (
     MEND,
     Record,
@@ -126,7 +127,14 @@ class PreparedSource:
     configurations `full` only those that show an object: it does not name the others.
     """
 
-    def __init__(self, dataset: str, split: str, faults: Faults | None = None) -> None:
+    def __init__(
+        self,
+        dataset: str,
+        split: str,
+        faults: Faults | None = None,
+        include: str = "",
+        exclude: str = "",
+    ) -> None:
         """Find and check the clips; what was found is remembered, see `scan.scan_files`.
 
         Args:
@@ -134,18 +142,22 @@ class PreparedSource:
                 (`full` if none is named).
             split: `train` or `validation`; of YouTube-VIS only `train` has labels.
             faults: what to do about broken clips.
+            include: text file with the names of the clips to take, one a line; empty: all.
+            exclude: text file with the names of the clips to leave out.
 
         Raises:
-            UserError: not prepared, or not readable.
+            UserError: not prepared, or not readable; or a list is wrong.
         """
         faults, dataset = faults or Faults(), full_name(dataset)
         self.name = f"{dataset} {split}"
         shards = find_shards(dataset, split)
         labelled = dataset.startswith("davis") or dataset.endswith(LABELLED)
         look = functools.partial(look_at_shard, all_labelled=labelled)
-        self._clips: list[Clip] = []
-        total = frames = crowds = 0
-        for shard, found in zip(shards, scan_files(shards, look, where=dataset), strict=True):
+        clips: list[Clip] = []
+        seen_in: list[tuple[int, int]] = []  # frames and crowds of each clip
+        total = 0
+        scanned = scan_files(shards, look, where=dataset, faults=faults)
+        for shard, found in zip(shards, scanned, strict=True):
             if isinstance(found, UserError):
                 total += 1
                 faults.add(found)
@@ -158,10 +170,12 @@ class PreparedSource:
                 video = Video(seen["name"], len(seen["frames"]), *seen["size"])
                 visible = tuple(tuple(ids) for ids in seen["visible"])
                 place = (str(shard), changed(shard), number, tuple(seen["frames"]))
-                self._clips.append(Clip(video, *place, visible))
-                frames += seen["total"]
-                crowds += seen["crowds"]
+                clips.append(Clip(video, *place, visible))
+                seen_in.append((seen["total"], seen["crowds"]))
         self.notes = faults.notes(total, self.name)
+        taken = choose([clip.video.name for clip in clips], include, exclude, self.name)
+        self._clips = [clips[i] for i in taken]
+        frames, crowds = (sum(seen_in[i][k] for i in taken) for k in range(2))
         if left := frames - sum(len(clip.frames) for clip in self._clips):
             self.notes.append(f"{left:,} of {frames:,} frames left out: no labels")
         if crowds:

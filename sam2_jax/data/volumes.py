@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from sam2_jax.data.headers import MAX_PIXELS, Header, too_large
 from sam2_jax.data.lists import choose
 from sam2_jax.data.scan import changed, local_root, scan_files, walk
 from sam2_jax.data.sources import Faults, Video
@@ -106,7 +107,7 @@ def open_volumes(
         raise UserError(f"{key}={root} has no .npz file below it: {WANTED}")
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
     taken = choose(names, include, exclude, f"{key}={root}")
-    found = scan_files([paths[i] for i in taken], look_at_volume, where=root)
+    found = scan_files([paths[i] for i in taken], look_at_volume, where=root, faults=faults)
     kept, videos, visible = [], [], []
     for i, seen in zip(taken, found, strict=True):
         if isinstance(seen, UserError):
@@ -134,6 +135,11 @@ def look_at_volume(path: Path) -> dict[str, Any]:
         )
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] != 3) or 0 in shape:
         raise UserError(f"{path} has imgs of shape {list(shape)}, expected [d h w] or [d h w 3]")
+    if too_large(Header(shape[2], shape[1], "grey", 8)):
+        raise UserError(
+            f"{path} has slices of {shape[2]} x {shape[1]} pixels, more than "
+            f"{MAX_PIXELS // 10**6} million: shrink them (gts with nearest neighbour), or cut them"
+        )
     if label_kind.kind not in "iub" or label_shape != shape[:3]:
         raise UserError(
             f"{path} has gts of {label_kind} and shape {list(label_shape)}, expected integers of "

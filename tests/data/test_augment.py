@@ -215,3 +215,10 @@ def test_the_recipe_is_torchvisions(side, monkeypatch):
             assert (difference <= 2).mean() >= TWO_LEVELS and difference.max() <= CHAIN
             assert difference.mean() <= MEAN
             assert (found[1][t] != (cover.numpy() > 0)).mean() <= MASKS
+
+
+def test_noise_is_not_blurred():
+    frames, masks = np.full((2, 64, 64, 3), 128, np.uint8), np.ones((2, 1, 64, 64), bool)
+    settings = OFF._replace(noise=10.0, blur=5.0)
+    noisy, _ = augment(np.random.default_rng(0), frames, masks, 64, settings)
+    assert noisy.std() == pytest.approx(10, rel=0.05)

@@ -228,3 +228,21 @@ def test_files_that_are_no_instances(instances, tmp_path):
     instances.images, instances.annotations = [], []
     with pytest.raises(UserError, match="names no image"):
         instances.open()
+
+
+def test_numbers_and_names_that_no_image_has(instances):
+    instances.images[0]["file_name"] = "a\0.jpg"
+    with pytest.raises(UserError, match="which no file can have"):
+        instances.open()
+    faults = Faults("skip", 0.5)
+    assert len(instances.open(faults=faults)) == 2 and len(faults.errors) == 1
+    instances.images[0]["height"] = float("inf")
+    with pytest.raises(UserError, match="lacks what COCO"):
+        instances.open()
+
+
+def test_lists_name_files_without_their_ending(instances, tmp_path):
+    path = tmp_path / "take.txt"
+    path.write_text("inner/a\nb\n")
+    source = instances.open(include=str(path))
+    assert [source.video(i).name for i in range(len(source))] == ["b.jpg", "inner/a.png"]

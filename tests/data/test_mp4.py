@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from sam2_jax.data import mp4
+from sam2_jax.data import headers, mp4
 from sam2_jax.data.mp4 import read_frames, read_header
 from sam2_jax.types import UserError
 
@@ -154,3 +154,10 @@ def test_what_is_no_video_is_named(tmp_path):
     with pytest.raises(UserError, match="v.mp4"):
         read_header(path)
         read_frames(path, range(5))
+
+
+def test_large_frames_are_refused_before_one_is_decoded(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", moving(3))
+    monkeypatch.setattr(headers, "MAX_PIXELS", SIZE[0] * SIZE[1] - 1)
+    with pytest.raises(UserError, match=r"a\.mp4 is 96 x 64, more than"):
+        read_header(tmp_path / "a.mp4")

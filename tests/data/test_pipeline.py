@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,12 @@ import pytest
 from configs import davis as davis_config
 from configs import default
 from sam2_jax.config import finish
+from sam2_jax.data.augment import AugmentSettings
 from sam2_jax.data.catalogue import make_eval_source, make_parts, make_train_loader
+from sam2_jax.data.pipeline import MakeExample, Part, describe
+from sam2_jax.data.sampling import Sampling
 from sam2_jax.types import Batch, UserError
+from tests.data.arrays import Arrays
 
 
 def config(**data):
@@ -267,6 +272,68 @@ def test_too_many_broken_clips_stop_all_the_same(flat):
     with pytest.raises(UserError, match=r"more than config\.data\.max_bad=0\.01"):
         next(stream)
     stream.close()
+
+
+def spoiled(count, bad, max_bad):
+    """A `MakeExample` of clips of which the first ones cannot be read."""
+    mask = np.ones((8, 8), bool)
+    source = Arrays([[{1: mask}] for _ in range(count)], broken=tuple(range(bad)))
+    part = Part("train", source, Sampling(1, 1), AugmentSettings(), 1)
+    return MakeExample(part, 16, "skip", max_bad)
+
+
+def test_a_clip_that_is_met_again_is_no_other_broken_clip():
+    make = spoiled(200, bad=2, max_bad=0.01)
+    for epoch in range(4):
+        for index in range(200):
+            make(index, np.random.default_rng((epoch, index)))
+    make = spoiled(200, bad=3, max_bad=0.01)
+    with pytest.raises(UserError, match=r"3 of 200 clips of train .*max_bad=0\.01"):
+        for index in range(200):
+            make(index, np.random.default_rng(index))
+
+
+def test_the_search_for_a_clip_that_can_be_read_ends():
+    with pytest.raises(UserError, match="5 of 5 clips"):
+        spoiled(5, bad=5, max_bad=1.0)(0, np.random.default_rng(0))
+
+
+def test_the_table_says_what_random_draws_come_to():
+    parts = [
+        Part(name, Arrays([[{1: np.ones((8, 8), bool)}]] * n), Sampling(1, 1), AugmentSettings(), 1)
+        for name, n in (("few", 10), ("many", 30))
+    ]
+    parts = [p._replace(weight=w) for p, w in zip(parts, (0.8, 0.2), strict=True)]
+    for draw, shares in (("interleave", ("80.0%", "20.0%")), ("random", ("25.0%", "75.0%"))):
+        told = [text for label, text in describe(parts, draw) if label.endswith("share")]
+        assert [text.split()[0] for text in told] == list(shares)
+
+
+def test_other_clips_of_the_same_number_are_another_stream(flat):
+    settings = config(source="folder", root=str(flat), eval_root=str(flat))
+    state = json.loads(json.dumps(loader(settings).get_state()))
+    loader(settings).set_state(state)
+    loader(settings).set_state({key: state[key] for key in ("batches", "clips")})
+    for kind in ("JPEGImages", "Annotations"):
+        (flat / kind / "bee").rename(flat / kind / "bug")
+    with pytest.raises(UserError, match="of other names"):
+        loader(settings).set_state(state)
+
+
+def test_settings_of_the_training_folder_do_not_apply_to_another(flat, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(flat, other)
+    frames = make_eval_source(config(source="folder", root=str(flat), eval_root=str(other)))
+    changes = {"folder.sample_rate": 2, "folder.single_object": True}
+    settings = config(source="folder", root=str(flat), eval_root=str(other), **changes)
+    found = make_eval_source(settings)
+    assert found and frames
+    assert [found.video(i) for i in range(len(found))] == [
+        frames.video(i) for i in range(len(frames))
+    ]
+    settings.data.eval_root = ""
+    own = make_eval_source(settings)
+    assert own and "/" in own.video(0).name
 
 
 TRAINER = """

@@ -170,16 +170,20 @@ def test_broken_images_stop_or_are_left_out(root, message, tmp_path):
     assert len(open_sa1b(str(root), include=str(include))) == 1
 
 
-def test_broken_masks_are_named_when_read(root):
+@pytest.mark.parametrize(
+    ("k", "change", "found"),
+    [(2, {"counts": "0"}, "run lengths of"), (3, {"size": [60, 40]}, r"size \[60, 40\]")],
+)
+def test_broken_masks_are_named(root, k, change, found):
+    source = open_sa1b(str(root))
     path = root / "sa_000007" / "sa_7.json"
     data = json.loads(path.read_text())
-    data["annotations"][1]["segmentation"]["counts"] += "1"
-    data["annotations"][2]["segmentation"]["size"] = [60, 40]
+    data["annotations"][k - 1]["segmentation"] |= change
     path.write_text(json.dumps(data))
-    source = open_sa1b(str(root))
-    for k, found in ((2, "run lengths of"), (3, r"size \[60, 40\]")):
-        with pytest.raises(UserError, match=f"sa_7.json: object {k} has .*{found}"):
-            source.read(0, [0], [k])
+    with pytest.raises(UserError, match=f"sa_7.json: object {k} has .*{found}"):
+        source.read(0, [0], [k])
+    with pytest.raises(UserError, match=f"sa_7.json: object {k} has .*{found}"):
+        open_sa1b(str(root))
 
 
 def test_a_file_that_was_mended_is_read_anew(root):
@@ -200,3 +204,10 @@ def test_roots(tmp_path):
         open_sa1b(str(tmp_path / "empty"), key="key")
     with pytest.raises(UserError, match="key=.*none is no folder"):
         open_sa1b(str(tmp_path / "none"), key="key")
+
+
+def test_numbers_that_json_should_not_have(root):
+    path = next(root.rglob("*.json"))
+    path.write_text(path.read_text().replace('"height": 40', '"height": Infinity'))
+    with pytest.raises(UserError, match=path.name):
+        open_sa1b(str(root))

@@ -85,3 +85,18 @@ def test_same_seed_same_sample():
 def test_no_object_or_too_short(visible, num_frames):
     with pytest.raises(ValueError):
         draw(0, visible, num_frames)
+
+
+@pytest.mark.parametrize("reverse", [0.5, 0.2])
+def test_directions_are_drawn_as_by_redrawing_start_and_direction(reverse):
+    """Of four pairs, one shows nothing at first: the others keep their weights."""
+    expected = {(0, 1): 1 - reverse, (1, 2): 1 - reverse, (1, 0): reverse}
+    count, total = 4000, sum(expected.values())
+    drawn = collections.Counter(
+        tuple(draw(seed, [[1], [1], []], reverse=reverse).frames) for seed in range(count)
+    )
+    assert set(drawn) == set(expected)
+    for frames, weight in expected.items():
+        share = weight / total
+        spread = (share * (1 - share) / count) ** 0.5
+        assert abs(drawn[frames] / count - share) < 4 * spread

@@ -281,3 +281,20 @@ def coco_rle(rle):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return coco_mask.decode(rle).astype(bool)
+
+
+@pytest.mark.parametrize("fps", [[], "24", None, float("inf")])
+def test_rates_that_are_none(root, masks, fps):
+    rows = [[encode_rle(m) for m in row] for row in masks]
+    annotate(root / "sav_000" / "a_manual.json", rows, fps=fps)
+    with pytest.raises(UserError, match="a_manual.json has fps"):
+        open_sav(str(root))
+
+
+def test_a_frame_that_changes_is_looked_at_again(root, masks):
+    extract(root / "sav_000" / "a", draw(masks))
+    open_sav(str(root))
+    path = root / "sav_000" / "a" / "00008.jpg"
+    path.write_bytes(path.read_bytes()[:-200])  # the folder's own time stays as it is
+    with pytest.raises(UserError, match=r"a/00008\.jpg"):
+        open_sav(str(root))

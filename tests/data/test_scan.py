@@ -1,7 +1,9 @@
 """Looking into many files, and remembering it; lists of clips."""
 
 import json
+import os
 import pathlib
+import time
 from functools import partial
 from typing import Any
 
@@ -9,8 +11,12 @@ import numpy as np
 import pytest
 
 from sam2_jax.data import scan
+from sam2_jax.data.folders import open_folder
 from sam2_jax.data.lists import choose
+from sam2_jax.data.object_folders import open_object_folders
+from sam2_jax.data.pictures import open_pictures
 from sam2_jax.data.scan import load_json, local_root, walk
+from sam2_jax.data.sources import Faults
 from sam2_jax.types import UserError
 
 LOOKED = []
@@ -33,6 +39,11 @@ def look(path: pathlib.Path, other: pathlib.Path | None = None, factor: int = 1)
     if text == "bad":
         raise UserError(f"{path} is bad")
     return {"length": factor * len(text), "other": other and other.read_text()}
+
+
+def slow_look(path: pathlib.Path) -> dict:
+    time.sleep(0.002)
+    return look(path)
 
 
 def write(folder, count):
@@ -164,3 +175,65 @@ def test_lists_choose_clips(tmp_path):
         choose(names, "", str(leave), "here")
     with pytest.raises(UserError, match="none.txt cannot be read"):
         choose(names, str(tmp_path / "none.txt"), "", "here")
+
+
+def test_lists_from_windows_and_names_without_ending(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"\xef\xbb\xbfant\r\nv1.5\r\n")
+    assert choose(["ant.jpg", "bee.png", "v1.5"], str(path), "", "here") == [0, 2]
+    path.write_text("v1")  # what follows the point is no ending of a picture
+    assert choose(["ant.jpg", "v1.5"], "", str(path), "here") == [0, 1]
+    with pytest.raises(UserError, match="names clips that here does not have"):
+        choose(["v1.jpg", "v1.png"], str(path), "", "here")  # which of them?
+
+
+def refuse(*names):
+    """For a system that lets nobody look into folders of these names; root may look anywhere."""
+
+    def allowed(path) -> None:
+        if pathlib.Path(path).name in names:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    return allowed
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    write(tmp_path, 4)
+    scandir, allowed = os.scandir, refuse("b")
+
+    def guarded(path):
+        allowed(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(UserError, match=rf"{tmp_path}/b cannot be read .*give read permission"):
+        list(walk(tmp_path))
+
+
+@pytest.mark.parametrize("opener", [open_folder, open_object_folders, open_pictures])
+def test_a_folder_that_cannot_be_entered_is_named(tmp_path, monkeypatch, opener):
+    is_dir, allowed = pathlib.Path.is_dir, refuse("480p", "JPEGImages", "images")
+
+    def guarded(path):
+        allowed(path)
+        return is_dir(path)
+
+    monkeypatch.setattr(pathlib.Path, "is_dir", guarded)
+    more = ("train",) if opener is open_folder else ()
+    with pytest.raises(UserError, match="cannot be read .*Permission denied"):
+        opener(str(tmp_path), *more)
+
+
+def test_the_first_error_ends_the_scan_and_what_was_found_is_kept(tmp_path):
+    paths = write(tmp_path, 2000)
+    paths[300].write_text("bad")  # in the folder that comes first
+    with pytest.raises(UserError, match="300.txt is bad"):
+        scan.scan_files(paths, slow_look, where="here", faults=Faults())
+    assert len(LOOKED) < 1500
+    paths[300].write_text("good")
+    LOOKED.clear()
+    again = scan.scan_files(paths, slow_look, where="here", faults=Faults())
+    assert all(isinstance(found, dict) for found in again)
+    assert 500 < len(LOOKED) <= 1850  # 150 of the first folder came before the bad one
+    paths[300].write_text("bad")
+    assert sum(isinstance(r, UserError) for r in scan_files(paths, slow_look)) == 1

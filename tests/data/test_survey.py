@@ -1,16 +1,19 @@
 """Reading whole sources: every number counted by hand, every fault found once."""
 
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from sam2_jax.data import survey, tally
+from sam2_jax.data import sources, survey, tally
 from sam2_jax.data.sources import SKIP, STOP, Video
 from sam2_jax.data.survey import look, look_at
 from sam2_jax.data.synthetic import SyntheticSource
 from sam2_jax.data.tally import Tally, as_json, duplicates, obstacle, rows
-from sam2_jax.types import UserError
+from sam2_jax.types import NAMED, UserError
+from tests.data.arrays import Arrays
 
 HEIGHT, WIDTH = 12, 20
 FRAMES = 5
@@ -212,3 +215,25 @@ def test_a_source_without_objects():
     assert total.bare == total.frames == FRAMES and total.empty == 0
     assert "mask area" not in dict(rows(total, 1))
     assert not math.isnan(total.a_clip.mean)
+
+
+def test_jobs_are_handed_out_in_blocks():
+    """A pool that is given all jobs at once keeps a record of each."""
+    given = []
+
+    class Pool(ThreadPoolExecutor):
+        def map(self, fn, *iterables, **options):
+            given.append(len(iterables[0]))
+            return super().map(fn, *iterables, **options)
+
+    with Pool(2) as pool:
+        found = list(sources.in_blocks(pool, abs, range(-2 * sources.BLOCK - 1, 0)))
+    assert found == list(range(2 * sources.BLOCK + 1, 0, -1)) and max(given) == sources.BLOCK
+
+
+def test_many_clips_left_out_are_counted_and_few_named():
+    bare = Arrays([[{1: np.ones((2, 2), bool)}]] + [[{}]] * 9000)
+    usable = sources.keep_usable(bare, 1)
+    assert len(usable) == 1 and len(pickle.dumps(usable.notes)) < 1000
+    assert "9000 of 9001 clips left out" in usable.notes[-1]
+    assert usable.notes[-1].endswith(f"and {9000 - NAMED} more")

@@ -13,6 +13,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from configs import davis
+from sam2_jax.data.catalogue import make_parts
 from sam2_jax.data.decode import decode_frame
 from sam2_jax.data.sources import EncodedSource, Faults, keep_usable
 from sam2_jax.data.tfds import PreparedSource
@@ -92,6 +94,21 @@ def test_reads_the_frames_asked_for(prepared):
     assert [left.video(i).name for i in range(len(left))] == ["ant4", "bee4"]
     assert PreparedSource("davis/full_resolution", "train").video(0).name == "antf"
     assert PreparedSource("davis", "train").name == "davis/480p train"
+
+
+def test_lists_choose_clips(prepared, tmp_path):
+    (tmp_path / "take.txt").write_text("ant4\nbee4\n")
+    (tmp_path / "leave.txt").write_text("ant4\n")
+    lists: Any = {"include": str(tmp_path / "take.txt"), "exclude": str(tmp_path / "leave.txt")}
+    source = PreparedSource("davis/480p", "train", **lists)
+    assert [source.video(i).name for i in range(len(source))] == ["bee4"]
+    assert source.objects(0, 0) == (2,) and not source.notes
+    config = davis.get_config("nano")
+    config.data.num_frames, config.data.exclude = 2, lists["exclude"]
+    (part,) = make_parts(config)
+    assert [part.source.video(i).name for i in range(len(part.source))] == ["bee4"]
+    with pytest.raises(UserError, match="nowhere.txt cannot be read"):
+        PreparedSource("davis/480p", "train", include="nowhere.txt")
 
 
 def test_newest_version_is_read_and_what_changed_too(prepared):

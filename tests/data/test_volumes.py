@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sam2_jax.data import volumes
+from sam2_jax.data import headers, volumes
 from sam2_jax.data.sources import EncodedSource, Faults, VideoSource, keep_usable
 from sam2_jax.data.volumes import open_volumes
 from sam2_jax.types import UserError
@@ -167,3 +167,10 @@ def test_roots_and_changes(root, tmp_path):
     (root / "b.npz").unlink()
     with pytest.raises(UserError, match="b.npz cannot be read"):
         source.read(0, [0], [1])
+
+
+def test_large_slices_are_refused_before_they_are_read(root, monkeypatch):
+    monkeypatch.setattr(headers, "MAX_PIXELS", SHAPE[1] * SHAPE[2] - 1)
+    monkeypatch.setattr(volumes, "_array", None)
+    with pytest.raises(UserError, match="slices of 32 x 24 pixels, more than"):
+        open_volumes(str(root))

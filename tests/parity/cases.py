@@ -2,6 +2,8 @@
 # pyright: reportMissingImports=false
 
 import copy
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ from training.loss_fns import dice_loss, sigmoid_focal_loss
 from sam2_jax.types import Batch, PromptPlan
 from tests.parity import reference, tolerances
 from tests.parity.rollout import Run, float64, train_forward
+from tests.parity.rounding import reordered
 
 ATTEMPTS = 40  # clips
 ROUNDS = 8  # of tuning the heads to one clip
@@ -25,7 +28,8 @@ class Case(NamedTuple):
     valid: list[list[int]]  # videos x objects
 
 
-class Chosen(NamedTuple):
+@dataclasses.dataclass
+class Chosen:
     """A clip, the reference's weights for it, and its runs in float32 and float64."""
 
     batch: Batch
@@ -34,6 +38,23 @@ class Chosen(NamedTuple):
     exact_model: reference.Reference
     run: Run
     exact: Run
+    others: list[Run | None] = dataclasses.field(default_factory=list)
+
+    def runs(self) -> Iterator[Run]:
+        """In float32 as it is, then in other orders of summation (without graphs), as needed."""
+        yield self.run
+        for i in range(tolerances.ORDERS):
+            if i == len(self.others):
+                with torch.no_grad():
+                    self.others.append(self.in_order(i))
+            if other := self.others[i]:
+                yield other
+
+    def in_order(self, i: int) -> Run | None:
+        """In float32 in one of its orders of summation; None if it takes another decision."""
+        with reordered(i):
+            run = train_forward(self.model, self.batch, self.plan, self.run.drawn)
+        return run if is_firm(run, self.exact, self.batch, times=1.0) else None
 
 
 def make_plan(t: int, cond=(0,), corrected=(), box=(), points=False, from_truth=()) -> PromptPlan:
@@ -77,8 +98,8 @@ def make_batch(rng: np.random.Generator, t: int, valid: np.ndarray, side: int) -
     return Batch(images.clip(0, 255).astype(np.uint8), masks, valid)
 
 
-def choose(base: reference.Reference, case: Case, seed: int, side: int) -> Chosen:
-    """The first random clip on which the reference decides as firmly as `tolerances` asks for.
+def clips(base: reference.Reference, case: Case, seed: int, side: int) -> Iterator[Chosen]:
+    """Random clips on which the reference decides as firmly as `tolerances` asks for.
 
     The weights are `base` with the last layers of its heads adjusted to the clip (see `tune`):
     objects are present and absent, masks win and lose.
@@ -98,7 +119,13 @@ def choose(base: reference.Reference, case: Case, seed: int, side: int) -> Chose
             exact = train_forward(exact_model, batch, plan, run.drawn)
             firm = is_firm(run, exact, batch)
         if firm:
-            return Chosen(batch, plan, model, exact_model, run, exact)
+            yield Chosen(batch, plan, model, exact_model, run, exact)
+
+
+def choose(base: reference.Reference, case: Case, seed: int, side: int) -> Chosen:
+    """The first of those clips."""
+    for chosen in clips(base, case, seed, side):
+        return chosen
     raise AssertionError(f"no clip of {ATTEMPTS} leaves the reference's decisions beyond doubt")
 
 
@@ -164,14 +191,14 @@ def gap(x: torch.Tensor) -> torch.Tensor:
     return x - torch.stack([other.max(1).values for other in others], 1)
 
 
-def is_firm(run: Run, exact: Run, batch: Batch) -> bool:
-    """Whether float32 and float64 decide alike, with the margins of `tolerances`."""
+def is_firm(run: Run, exact: Run, batch: Batch, times: float = tolerances.DECIDED) -> bool:
+    """Whether float32 and float64 decide alike, by that many times what they differ."""
     rounded = decisions(run, batch)
     for kind, true in decisions(exact, batch).items():
         if rounded[kind].shape != true.shape:
             return False
         noise = (rounded[kind].double() - true).abs().max() if true.numel() else 0.0
-        if bool((true.abs() < tolerances.DECIDED * noise).any()):
+        if bool((true.abs() < times * noise).any()):
             return False
     return True
 
@@ -197,6 +224,10 @@ def tune(model: reference.Reference, batch: Batch, plan: PromptPlan) -> Run | No
         upscaled: list[torch.Tensor] = []
         last = decoder.output_upscaling[4]
         hooks.append(last.register_forward_hook(lambda *x, xs=upscaled: xs.append(x[2].detach())))
+        many: list[bool] = []  # masks of a pass
+        hooks.append(
+            decoder.register_forward_hook(lambda *x, xs=many: xs.append(x[2][0].shape[1] > 1))
+        )
         run = train_forward(model, batch, plan)
         for hook in hooks:
             hook.remove()
@@ -205,7 +236,7 @@ def tune(model: reference.Reference, batch: Batch, plan: PromptPlan) -> Run | No
         with torch.no_grad():
             tune_score(score, inputs[score], kinds, first=round_ < 2)
             if round_ < 2:
-                tune_iou(iou, inputs[iou], kinds)
+                tune_iou(iou, inputs[iou], kinds, many)
                 pixel = torch.cat(upscaled).mean((0, 2, 3))
                 for layer in hypers:  # logits of mean zero
                     mean = layer(torch.cat(inputs[layer])).mean(0)
@@ -243,13 +274,12 @@ def tune_score(layer, hidden: list[torch.Tensor], kinds: list[str], first: bool)
     layer.bias += (bias - layer.bias) * (1.0 if first else 0.5)
 
 
-def tune_iou(layer, hidden: list[torch.Tensor], kinds: list[str]) -> None:
+def tune_iou(layer, hidden: list[torch.Tensor], kinds: list[str], many: list[bool]) -> None:
     """Predictions before the sigmoid of unit variance; of mean zero where masks compete.
 
-    That is on tracked frames, if there are any: prompted ones may have a single mask each, and
-    predictions so different that one mask would win all others.
+    With one mean for all three, none of them can be above another everywhere.
     """
     own = torch.cat([x for x, kind in zip(hidden, kinds, strict=True) if kind != "g"])
     layer.weight /= (own @ layer.weight.T).std(0)[:, None]
-    tracked = [x for x, kind in zip(hidden, kinds, strict=True) if kind == "t"]
-    layer.bias.copy_(-((torch.cat(tracked) if tracked else own) @ layer.weight.T).mean(0))
+    compete = [x for x, several in zip(hidden, many, strict=True) if several] or [own]
+    layer.bias.copy_(-(torch.cat(compete) @ layer.weight.T).mean(0))

@@ -9,6 +9,7 @@ be that of the reference with some of those very gates (and no others) turned.
 # pyright: reportMissingImports=false
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -116,22 +117,40 @@ class Truth:
         self.rounded = gradient(chosen.model, chosen.run.losses["core_loss"])
         assert self.exact.keys() == self.rounded.keys()
         self.total = norm(self.exact.values())
+        self.known: list[Errors | None] = []  # of runs in float32
         self.turned: list[Gradient] | None = None  # what turning each gate in doubt adds
 
-    def errors(self, ours: Gradient, truth: Gradient) -> dict[str, float]:
-        """Relative error of every parameter that has a gradient."""
-        return {
-            name: float(np.linalg.norm(ours[name] - x) / np.linalg.norm(x))
-            for name, x in truth.items()
-            if np.linalg.norm(self.exact[name]) > tolerances.NO_GRADIENT * self.total
-        }
+    def errors(self, found: Gradient, truth: Gradient) -> "Errors":
+        """How far a gradient is from `truth`: this one, or that with gates turned."""
+        relative, where_none = {}, {}
+        for name, x in truth.items():
+            error = float(np.linalg.norm(found[name] - x))
+            if np.linalg.norm(self.exact[name]) > tolerances.NO_GRADIENT * self.total:
+                relative[name] = error / float(np.linalg.norm(x))
+            else:
+                where_none[name] = float(np.linalg.norm(found[name])) / self.total
+        return Errors(relative, where_none)
+
+    def own(self) -> Iterator["Errors"]:
+        """Of the reference in float32 as it is, then in other orders of summation, as needed."""
+        for i in range(1 + tolerances.ORDERS):
+            if i == len(self.known):
+                found = self.rounded if i == 0 else self.in_order(i - 1)
+                self.known.append(self.errors(found, self.nearest(found)[0]) if found else None)
+            if known := self.known[i]:
+                yield known
+
+    def in_order(self, i: int) -> Gradient | None:
+        """In float32 in one of its orders of summation; None if it takes another decision."""
+        run = self.chosen.in_order(i)
+        return run and gradient(self.chosen.model, run.losses["core_loss"])
 
     def nearest(self, ours: Gradient) -> tuple[Gradient, int]:
         """The exact gradient, with those gates in doubt turned that bring it nearest to ours.
 
         Returns also how many were turned: none where rounding alone explains the difference.
         """
-        if max(self.errors(ours, self.exact).values()) <= tolerances.GRADIENT_MEDIAN:
+        if max(self.errors(ours, self.exact).relative.values()) <= tolerances.GRADIENT_MEDIAN:
             return self.exact, 0
         if self.turned is None:
             self.turned = self.turn_each()
@@ -189,6 +208,16 @@ def norm(arrays) -> float:
     return float(np.sqrt(sum(np.sum(np.square(x)) for x in arrays)))
 
 
+class Errors(NamedTuple):
+    """Of every parameter's gradient."""
+
+    relative: dict[str, float]  # of those that have one
+    where_none: dict[str, float]  # of the others, as a share of the gradient of all
+
+    def median(self) -> float:
+        return float(np.median(list(self.relative.values())))
+
+
 class Compared(NamedTuple):
     """The gradient that ours was compared with, and how well float32 knows it."""
 
@@ -202,22 +231,21 @@ def compare_gradients(truth: Truth, ours: Gradient, part: str = "gradient") -> C
         assert np.isfinite(value).all(), name
         if name not in truth.exact:  # never reached: the reference has None, or it is a buffer
             assert not value.any(), name
-    for name, value in truth.exact.items():
-        if np.linalg.norm(value) <= tolerances.NO_GRADIENT * truth.total:
-            left, noise = (float(np.linalg.norm(x[name])) for x in (ours, truth.rounded))
-            none = f"{part} where there is none"
-            judge(none, left / truth.total, tolerances.NO_GRADIENT_LEFT, noise / truth.total, name)
     exact, turned = truth.nearest(ours)
-    own, _ = truth.nearest(truth.rounded)
-    found, noise = truth.errors(ours, exact), truth.errors(truth.rounded, own)
-    for name, error in found.items():
-        judge(part, error, tolerances.GRADIENT, noise[name], name)
-    middle, usual = (float(np.median(list(x.values()))) for x in (found, noise))
-    judge(f"{part}, median", middle, tolerances.GRADIENT_MEDIAN, usual)
+    found = truth.errors(ours, exact)
+    for name, error in found.where_none.items():
+        own = (x.where_none[name] for x in truth.own())
+        judge(f"{part} where there is none", error, tolerances.NO_GRADIENT_LEFT, own, name)
+    for name, error in found.relative.items():
+        own = (x.relative[name] for x in truth.own())
+        judge(part, error, tolerances.GRADIENT, own, name)
+    own = (x.median() for x in truth.own())
+    judge(f"{part}, median", found.median(), tolerances.GRADIENT_MEDIAN, own)
     record(f"{part}: gates turned", float(turned), float(MOST_GATES))
+    rounded = truth.nearest(truth.rounded)[0]
     largest = {
         name: float(
-            max(np.abs(ours[name] - x).max(), np.abs(truth.rounded[name] - own[name]).max())
+            max(np.abs(ours[name] - x).max(), np.abs(truth.rounded[name] - rounded[name]).max())
         )
         for name, x in exact.items()
     }

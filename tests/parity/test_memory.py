@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sam2_jax.model.position import sine_grid
-from tests.parity.compare import close, first, last
+from tests.parity import tolerances
+from tests.parity.compare import close, close_to_exact, first, last
+from tests.parity.rounding import exactly, given, roundings
 
 N = 2  # videos
 OBJECTS = 2  # each
@@ -34,7 +36,7 @@ def test_no_memory(make_pair, call, draw, resolution, kind):
 def test_memory_attention(make_pair, call, draw, resolution, kind, count):
     """`count` memories, the first of a conditioning frame, and as many pointers."""
     pair, side = make_pair(kind), resolution // 16
-    v, model = pair.model.variant, pair.reference
+    v = pair.model.variant
     c, d, n = v.hidden_dim, v.memory_dim, N * OBJECTS
     top, memory = draw(N, side, side, c), draw(N, OBJECTS, count, side * side, d)
     top *= 0.02 if kind == "faint" else 1.0
@@ -43,23 +45,29 @@ def test_memory_attention(make_pair, call, draw, resolution, kind, count):
     def output(i):
         features = first(memory[:, :, i].reshape(n, side, side, d))
         code = first(sine_grid(side, side, d)[None]).expand(n, -1, -1, -1)
-        pointer = torch.tensor(pointers[:, :, i].reshape(n, c))
-        return {"maskmem_features": features, "maskmem_pos_enc": [code], "obj_ptr": pointer}
+        return {
+            "maskmem_features": given(features),
+            "maskmem_pos_enc": [given(code)],
+            "obj_ptr": given(pointers[:, :, i].reshape(n, c)),
+        }
 
-    flat = torch.tensor(np.repeat(top, OBJECTS, 0).reshape(n, side * side, c)).transpose(0, 1)
-    code = torch.tensor(sine_grid(side, side, c).reshape(-1, 1, c)).expand(-1, n, -1)
-    theirs = model._prepare_memory_conditioned_features(
-        frame_idx=count,
-        is_init_cond_frame=False,
-        current_vision_feats=[flat],
-        current_vision_pos_embeds=[code],
-        feat_sizes=[(side, side)],
-        output_dict={
-            "cond_frame_outputs": {0: output(0)},
-            "non_cond_frame_outputs": {t: output(t) for t in range(1, count)},
-        },
-        num_frames=20,
-    )
+    def theirs(model):
+        flat = given(np.repeat(top, OBJECTS, 0).reshape(n, side * side, c)).transpose(0, 1)
+        code = given(sine_grid(side, side, c).reshape(-1, 1, c)).expand(-1, n, -1)
+        found = model._prepare_memory_conditioned_features(
+            frame_idx=count,
+            is_init_cond_frame=False,
+            current_vision_feats=[flat],
+            current_vision_pos_embeds=[code],
+            feat_sizes=[(side, side)],
+            output_dict={
+                "cond_frame_outputs": {0: output(0)},
+                "non_cond_frame_outputs": {t: output(t) for t in range(1, count)},
+            },
+            num_frames=20,
+        )
+        return last(found)
+
     rows = np.array([6] + [count - t - 1 for t in range(1, count)])
     # In other slots than the reference's, among slots that hold nothing
     order = np.random.default_rng(count).permutation(count)
@@ -72,7 +80,9 @@ def test_memory_attention(make_pair, call, draw, resolution, kind, count):
     distance = ((count - where) / 15).astype(np.float32)
     slots = spread(memory), rows[where], spread(pointers), distance, (used, used)
     ours = call(pair, "with_memory", top, *slots)
-    close(f"memory attention {kind}", ours.reshape(n, side, side, c), last(theirs))
+    exact, runs = exactly(theirs, pair.reference), roundings(theirs, pair.reference)
+    ours = ours.reshape(n, side, side, c)
+    close_to_exact(f"memory attention {kind}", ours, runs, exact, tolerances.MODULE)
 
 
 @pytest.mark.parametrize("kind", ["2.1", "2.0", "faint"])

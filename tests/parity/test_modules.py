@@ -18,8 +18,9 @@ from sam2_jax.model.sam2 import normalise
 from sam2_jax.prompts import noisy_box, uniform_click
 from sam2_jax.resize import resize
 from sam2_jax.types import Decoded, Features
-from tests.parity import reference
-from tests.parity.compare import close, first, last
+from tests.parity import reference, tolerances
+from tests.parity.compare import close, close_to_exact, first, last
+from tests.parity.rounding import exactly, given, roundings
 
 N = 2  # videos
 OBJECTS = 2  # each
@@ -136,31 +137,40 @@ def decoder_inputs(pair, rng, draw, resolution, count):
 def test_mask_decoder(pair, call, rng, draw, resolution, count):
     """All four mask tokens at once."""
     top, dense, s1, s0, points, labels = decoder_inputs(pair, rng, draw, resolution, count)
-    model, n = pair.reference, len(top)
-    given = max(count, 1)  # the reference stands one padding point in for none
-    sparse, _ = model.sam_prompt_encoder(
-        (torch.tensor(points[:, :given]), torch.tensor(labels[:, :given])), None, None
-    )
-    masks, ious, tokens, scores = model.sam_mask_decoder.predict_masks(
-        image_embeddings=first(top),
-        image_pe=model.sam_prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=first(dense),
-        repeat_image=False,
-        high_res_features=[first(np.repeat(s0, OBJECTS, 0)), first(np.repeat(s1, OBJECTS, 0))],
-    )
+    n, shown = len(top), max(count, 1)  # the reference stands one padding point in for none
+    present = np.arange(n) % 2 == 0
+
+    def theirs(model) -> dict[str, torch.Tensor]:
+        sparse, _ = model.sam_prompt_encoder(
+            (given(points[:, :shown]), given(labels[:, :shown])), None, None
+        )
+        masks, ious, tokens, scores = model.sam_mask_decoder.predict_masks(
+            image_embeddings=given(first(top)),
+            image_pe=model.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=given(first(dense)),
+            repeat_image=False,
+            high_res_features=[given(first(np.repeat(x, OBJECTS, 0))) for x in (s0, s1)],
+        )
+        pointer = model.obj_ptr_proj(tokens[:, 0])
+        pointer = torch.where(torch.tensor(present)[:, None], pointer, model.no_obj_ptr)
+        found = {"masks": masks, "IoU": ious, "tokens": tokens}
+        return found | {"object score": scores[:, 0], "pointer": pointer}
+
     padded = np.concatenate([np.zeros((n, 1, 2), np.float32), points], 1)
     kinds = np.concatenate([-np.ones((n, 1), np.int32), labels], 1)
-    used = np.arange(5) < 1 + given
+    used = np.arange(5) < 1 + shown
     ours = call(pair, "decode", top, s1, s0, padded, kinds, used, dense)
-    close("decoder masks", ours.masks, masks)
-    close("decoder IoU", ours.ious, ious)
-    close("decoder tokens", ours.tokens, tokens)
-    close("decoder object score", ours.object_score, scores[:, 0])
-    pointer = model.obj_ptr_proj(tokens[:, 0])
-    present = np.arange(n) % 2 == 0
-    pointer = torch.where(torch.tensor(present)[:, None], pointer, model.no_obj_ptr)
-    close("pointer projection", call(pair, "pointer", ours.tokens[:, 0], present), pointer)
+    exact = exactly(theirs, pair.reference)
+    for name, mine in (
+        ("masks", ours.masks),
+        ("IoU", ours.ious),
+        ("tokens", ours.tokens),
+        ("object score", ours.object_score),
+        ("pointer", call(pair, "pointer", ours.tokens[:, 0], present)),
+    ):
+        runs = (run[name] for run in roundings(theirs, pair.reference))
+        close_to_exact(f"decoder {name}", mine, runs, exact[name], tolerances.MODULE)
 
 
 @pytest.mark.parametrize("kind", ["single", "multi", "stable"])
@@ -176,20 +186,23 @@ def test_heads(make_pair, rng, draw, resolution, kind):
     model.sam_mask_decoder.dynamic_multimask_stability_delta = decode.DELTA
     model.sam_mask_decoder.dynamic_multimask_stability_thresh = decode.STABLE
     model.train(kind != "stable")
-    arguments = {
-        "backbone_features": first(top),
-        "point_inputs": {
-            "point_coords": torch.tensor(points[:, :count]),
-            "point_labels": torch.tensor(labels[:, :count]),
-        },
-        "mask_inputs": torch.tensor(before[:, None]),
-        "high_res_features": [first(np.repeat(x, OBJECTS, 0)) for x in (s0, s1)],
-        "multimask_output": kind == "multi",
-    }
+
+    def theirs(model) -> dict[str, torch.Tensor]:
+        coords, kinds = given(points[:, :count]), given(labels[:, :count])
+        low, high, ious, best, _, pointer, score = model._forward_sam_heads(
+            backbone_features=given(first(top)),
+            point_inputs={"point_coords": coords, "point_labels": kinds},
+            mask_inputs=given(before[:, None]),
+            high_res_features=[given(first(np.repeat(x, OBJECTS, 0))) for x in (s0, s1)],
+            multimask_output=kind == "multi",
+        )
+        masks = {"masks": low, "upsampled": high, "chosen mask": best}
+        return masks | {"IoU": ious, "pointer": pointer, "object score": score[:, 0]}
+
     with torch.no_grad():  # half of the objects present, half absent
-        scores = model._forward_sam_heads(**arguments)[-1].flatten().sort().values
+        scores = theirs(model)["object score"].sort().values
         reference.score_bias(model).sub_((scores[1] + scores[2]) / 2)
-        low, high, ious, best, _, pointer, score = model._forward_sam_heads(**arguments)
+    exact = exactly(theirs, model)
 
     rest: Any = dict(num_frames=2, corrections=2, deterministic=True, exact=True, points=True)
     inference = decode.Inference(stability=kind == "stable")
@@ -220,23 +233,26 @@ def test_heads(make_pair, rng, draw, resolution, kind):
         return done, tracking.call("pointer", done.token, done.object_score > 0)
 
     ours, token = run(params, top, s1, s0, points, labels, before)
-    many = low.shape[1]
-    present = score[:, 0].numpy() > 0
+    present = exact["object score"].numpy() > 0
     assert present.any() and not present.all()
 
     def flat(x):
         return np.asarray(x).reshape(-1, *x.shape[2:])
 
-    for name, mine, theirs in (
-        ("masks", flat(ours.masks)[:, :many], low),
-        ("upsampled", flat(resize(ours.masks, high.shape[2:]))[:, :many], high),
-        ("chosen mask", flat(ours.mask)[:, None], best),
+    many, high = exact["masks"].shape[1], exact["upsampled"].shape[2:]
+    everywhere = np.ones_like(present)
+    for name, mine, where in (
+        ("masks", flat(ours.masks)[:, :many], present),
+        ("upsampled", flat(resize(ours.masks, high))[:, :many], present),
+        ("chosen mask", flat(ours.mask)[:, None], present),
+        ("IoU", flat(ours.ious)[:, :many], everywhere),
+        ("object score", flat(ours.object_score), everywhere),
+        ("pointer", flat(token), everywhere),
     ):
-        assert np.array_equal(mine[~present], theirs.numpy()[~present])
-        close(f"heads, {kind}: {name}", mine[present], theirs[present])
-    close(f"heads, {kind}: IoU", flat(ours.ious)[:, :many], ious)
-    close(f"heads, {kind}: object score", flat(ours.object_score), score[:, 0])
-    close(f"heads, {kind}: pointer", flat(token), pointer)
+        assert np.array_equal(mine[~where], exact[name].numpy()[~where])
+        runs = (run[name][where] for run in roundings(theirs, model))
+        part = f"heads, {kind}: {name}"
+        close_to_exact(part, mine[where], runs, exact[name][where], tolerances.MODULE)
 
 
 def test_stability(pair, rng):

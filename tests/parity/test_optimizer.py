@@ -6,6 +6,7 @@ reference in float32, and ours. Clips and prompts are the same for all.
 # pyright: reportMissingImports=false
 
 import copy
+import itertools
 import pathlib
 from typing import Any
 
@@ -22,7 +23,7 @@ from training.utils.train_utils import register_omegaconf_resolvers
 from configs import default
 from sam2_jax import convert, optim, recipe
 from tests.parity import reference, tolerances
-from tests.parity.cases import Case, choose
+from tests.parity.cases import Case, Chosen, clips
 from tests.parity.compare import record
 from tests.parity.gradients import Truth, compare_gradients, norm
 from tests.parity.ours import converted, prompts_of
@@ -31,6 +32,7 @@ RECIPE = "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"
 # Of the recipe's 5e-6 a weight of 0.5 would move by a hundred of float32's roundings: with these
 # a hundredth of a step is a thousand of them, also where layers and the cosine make it smaller.
 RATE, IMAGE_RATE = 1e-3, 6e-4
+CLIPS, RUNS = 8, 3  # to choose from; by which float32's error is known
 A, B = [[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [1, 1, 1]]
 IMAGE = dict(corrected=[0], points=True)
 STEPS = [
@@ -107,6 +109,23 @@ def make_ours(params):
     return update, optimizer.tx.init(params)
 
 
+def choose(base: reference.Reference, case: Case, seed: int, side: int) -> tuple[Chosen, Truth]:
+    """A clip whose gradient float32 knows, or the one of several where it knows it best.
+
+    Where the reference's own float32 is far off, most weights' gradients are below their noise.
+    """
+    best = None
+    for chosen in itertools.islice(clips(base, case, seed, side), CLIPS):
+        truth = Truth(chosen)
+        error = max(x.median() for x in itertools.islice(truth.own(), RUNS))
+        if best is None or error < best[0]:
+            best = error, chosen, truth
+        if error <= tolerances.GRADIENT_MEDIAN:
+            break
+    assert best is not None, "no clip leaves the reference's decisions beyond doubt"
+    return best[1:]
+
+
 def test_ten_steps(make_pair, step, seed, resolution, is_nano):
     """Each step starts from the weights where the reference's float64 stands.
 
@@ -122,18 +141,16 @@ def test_ten_steps(make_pair, step, seed, resolution, is_nano):
     noise: dict[str, float] = {}
     for k, case in enumerate(STEPS):
         case = case if is_nano else case._replace(valid=[[1, 1]])
-        chosen = choose(current, case, 1000 * seed + k, resolution)
+        chosen, truth = choose(current, case, 1000 * seed + k, resolution)
         params = converted(chosen.model, pair.params)
         prompts = prompts_of(chosen.run.drawn, chosen.batch)
         *_, grads = step(pair.model, params, chosen.batch, chosen.plan, prompts)
-        truth = compare_gradients(
-            Truth(chosen), convert.to_reference(grads), "gradient in training"
-        )
-        share = theirs.step(chosen.exact_model, truth.exact, k / len(STEPS))
-        for name, x in truth.noise.items():
+        known = compare_gradients(truth, convert.to_reference(grads), "gradient in training")
+        share = theirs.step(chosen.exact_model, known.exact, k / len(STEPS))
+        for name, x in known.noise.items():
             noise[name] = max(noise.get(name, 0.0), share * x)
         params, state = update(grads, state, params, optim.active_groups(chosen.plan))
-        compare_step(theirs, chosen.model, convert.to_reference(params), truth.exact, noise)
+        compare_step(theirs, chosen.model, convert.to_reference(params), known.exact, noise)
         current = copy.deepcopy(chosen.model)
         current.load_state_dict(theirs.model.state_dict())  # rounds to float32
 

@@ -15,7 +15,7 @@ from sam2_jax.decode import NO_OBJECT
 from sam2_jax.resize import resize
 from tests.parity import tolerances
 from tests.parity.cases import Case, Chosen, choose, scores_of, winners_of
-from tests.parity.compare import close, judge, same_mask
+from tests.parity.compare import close_to_exact, judge, same_mask
 from tests.parity.gradients import Truth, compare_gradients
 from tests.parity.ours import converted, prompts_of
 
@@ -65,8 +65,7 @@ def compare(pair, step, name, seed, resolution, is_nano, prefix="", gradient=Tru
     params = converted(chosen.model, pair.params)
     total, terms, out, grads = step(pair.model, params, batch, plan, prompts, gradient)
     for i in range(case.frames):
-        frames = chosen.run.frames[i], chosen.exact.frames[i]
-        compare_frame(jax.tree.map(lambda x, i=i: x[i], out), *frames, batch, i, prefix)
+        compare_frame(jax.tree.map(lambda x, i=i: x[i], out), chosen, i, prefix)
     compare_losses({"core_loss": total, **terms}, chosen, prefix)
     if gradient:
         compare_gradients(Truth(chosen), convert.to_reference(grads))
@@ -80,27 +79,32 @@ def check_both_ways(chosen: Chosen):
     assert not len(winners) or len(winners.unique()) > 1
 
 
-def compare_frame(out, frame, exact, batch, i, prefix):
+def compare_frame(out, chosen: Chosen, i: int, prefix: str):
     """Every pass of one frame: masks, IoUs, object scores; then pointer and memory."""
-    valid = batch.valid
+    valid, side = chosen.batch.valid, chosen.batch.masks.shape[-2:]
+    frame = chosen.exact.frames[i]
+
+    def of(run, key, k) -> np.ndarray:
+        value = run.frames[i][key]
+        return (value if k is None else value[k]).detach().numpy()
 
     def near(part, ours, key, k=None, scale=0.0):
-        theirs, true = (x[key] if k is None else x[key][k] for x in (frame, exact))
-        ours = ours[valid].reshape(theirs.shape)
-        close(prefix + part, ours, theirs, tolerances.ROLLOUT, scale, f"frame {i}", true)
+        exact, runs = of(chosen.exact, key, k), (of(run, key, k) for run in chosen.runs())
+        ours = ours[valid].reshape(exact.shape)
+        place = f"frame {i}, pass {k}"
+        close_to_exact(prefix + part, ours, runs, exact, tolerances.ROLLOUT, scale, place)
 
     def masks(part, ours, key, k=None):
         """Objects predicted absent have the same constant; of the others the logits."""
-        theirs, true = (x[key] if k is None else x[key][k] for x in (frame, exact))
-        theirs, true = theirs.detach().numpy(), true.detach().numpy()
-        ours = np.asarray(ours)[valid].reshape(theirs.shape)
-        absent = true == NO_OBJECT
-        assert np.array_equal(ours == NO_OBJECT, absent)
-        ours, theirs, true = (x[~absent] for x in (ours, theirs, true))
-        close(prefix + part, ours, theirs, tolerances.ROLLOUT, 0.0, f"frame {i}", true)
-        same_mask(f"{prefix}binary {part}", ours, true, tolerances.ROLLOUT)
+        exact = of(chosen.exact, key, k)
+        ours = np.asarray(ours)[valid].reshape(exact.shape)
+        there = exact != NO_OBJECT
+        assert np.array_equal(ours != NO_OBJECT, there)
+        runs = (of(run, key, k)[there] for run in chosen.runs())
+        given = ours[there], runs, exact[there], tolerances.ROLLOUT
+        bound = close_to_exact(prefix + part, *given, name=f"frame {i}, pass {k}")
+        same_mask(f"{prefix}binary {part}", ours[there], exact[there], bound)
 
-    side = batch.masks.shape[-2:]
     steps = len(frame["multistep_pred_ious"])
     assert out.is_corrected == (steps > 1)
     for k in range(steps):
@@ -126,11 +130,13 @@ def compare_frame(out, frame, exact, batch, i, prefix):
 def compare_losses(ours: dict, chosen: Chosen, prefix: str):
     """Each term and the total, relative to itself."""
     for name, value in ours.items():
-        theirs, true = (float(x.losses[name].detach()) for x in (chosen.run, chosen.exact))
+        true = float(chosen.exact.losses[name].detach())
+        runs = (float(run.losses[name].detach()) for run in chosen.runs())
         # A pixel whose logit rounding puts on either side of 0 counts in the IoU or not
         slack = worth_of_doubtful_pixels(chosen) if name in ("loss_iou", "core_loss") else 0.0
         error = max(abs(float(value) - true) - slack, 0.0) / abs(true)
-        judge(f"{prefix}{name}", error, tolerances.LOSS, abs(theirs - true) / abs(true))
+        own = (abs(theirs - true) / abs(true) for theirs in runs)
+        judge(f"{prefix}{name}", error, tolerances.LOSS, own)
 
 
 def worth_of_doubtful_pixels(chosen: Chosen) -> float:

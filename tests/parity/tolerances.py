@@ -4,11 +4,20 @@ All comparisons are in float32 on a CPU. What is compared is relative to the lar
 the reference's array ("its scale") unless stated. Where a comparison has the reference in float64
 beside it, errors are measured from that, and the bound is the number below or, where float32
 itself is worse, `OWN` times the error of the reference's own float32 against its float64.
+
+One run is a poor estimate of that error: where one early rounding grows until it is all there is
+to see, a second run of the same program may be off by any multiple of the first. So where the
+first run does not allow for an error of ours, the reference runs again, up to `ORDERS` times, on
+the same input with its sums taken in other orders (see rounding.py), which is as far from the
+first as one with other libraries or threads; its own error is the largest of these runs'. A run
+that takes another decision than float64 (see `DECIDED`) is left out.
 """
 
-# One module: some hundred roundings of 6e-8, summed in another order than torch sums them.
+# One module: some hundred roundings of 6e-8, summed in another order than torch sums them. Those
+# deepest, memory attention and the decoder, have the reference in float64 beside them.
 MODULE = 1e-5
 # Outputs of a whole clip: every frame reads memories that were computed from earlier errors.
+# Binary masks are the same but for pixels whose logit is within the bound on logits of zero.
 ROLLOUT = 1e-4
 # Each loss term and the total: sums over the outputs of a clip.
 LOSS = 1e-4
@@ -18,6 +27,7 @@ GRADIENT_MEDIAN = 1e-4
 # In place of all of the above where float32 is worse: two programs that round independently are
 # off by as much as each other, and their largest of many errors differ by less than this factor.
 OWN = 2.0
+ORDERS = 8
 # A parameter whose float64 gradient is below this share of the gradient of all has none (a bias
 # of keys moves all logits of a softmax alike): there float32 may leave no more than rounding,
 # a share of the gradient of all that is absolute.
