@@ -25,7 +25,7 @@ def test_folder_that_cannot_be_listed(flat, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(type(flat), "iterdir", iterdir)
-    with pytest.raises(UserError, match="JPEGImages/bee cannot be listed .*Permission denied"):
+    with pytest.raises(UserError, match="JPEGImages/bee cannot be read .*Permission denied"):
         open_folder(str(flat), "train")
 
 
