@@ -4,6 +4,7 @@
 
 COMMAND is one of: data. `benchmark.py COMMAND --help` tells its flags.
 """
+# pyright: reportMissingImports=false
 
 import contextlib
 import io
