@@ -30,6 +30,7 @@ class Visit(NamedTuple):
     is_box: Bool[Array, ""]
     is_corrected: Bool[Array, ""]
     from_truth: Bool[Array, " s"]
+    remembered: Bool[Array, ""]  # whether a later frame will read its memory
 
 
 class Inference(NamedTuple):

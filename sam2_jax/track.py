@@ -43,6 +43,7 @@ def track(
     box: BoxSampler = noisy_box,
     remat: str = "none",
     points: bool = True,
+    last_memory: bool = False,
 ) -> FrameOut:
     """Segment every object on every frame of a batch of clips, prompted as the plan says.
 
@@ -53,8 +54,9 @@ def track(
       max_cond: the most frames that may become conditioning frames.
       click, box: samplers, replaceable (`prompts.centre_click` for evaluation).
       remat: what the backward pass computes again: "none"; "frame": each visit; "full": also
-        the image encoder.
+        the image encoder, one frame at a time.
       points: False where the plan never gives points; their programs are then left out.
+      last_memory: also make the memory of the frame visited last, which no other will read.
 
     Returns outputs with a leading axis of frames, in frame order.
     """
@@ -71,8 +73,7 @@ def track(
         points=points,
     )
     key, encoder_key = jax.random.split(key)
-    encode = partial(encode_frames, tracking)
-    features = (jax.checkpoint(encode) if remat == "full" else encode)(batch.images, encoder_key)
+    features = encode_frames(tracking, batch.images, encoder_key, one_by_one=remat == "full")
     by_frame = Visit(
         frame=jnp.arange(t, dtype=jnp.int32),
         features=features,
@@ -82,6 +83,7 @@ def track(
         is_box=plan.is_box,
         is_corrected=plan.is_corrected,
         from_truth=plan.from_truth,
+        remembered=jnp.full(t, last_memory) | (jnp.arange(t) != plan.order[-1]),
     )
     visits = jax.tree.map(lambda x: x[plan.order], by_frame)
     bank = empty_bank(tracking, features.top.shape[1:], batch.masks.shape[2], max_cond)
@@ -110,13 +112,25 @@ def visit_frame(
     return memory.write(bank, visit.frame, is_cond, out.memory, out.pointer), out
 
 
-def encode_frames(tracking: Tracking, images: Array, key: PRNGKeyArray) -> Features:
-    """Features of all frames, leading axes (t, b)."""
-    b, t = images.shape[:2]
-    flat = normalise(images.reshape(b * t, *images.shape[2:]), compute_dtype(tracking.params))
-    rngs = {"dropout": key}
-    features = tracking.call("encode_image", flat, tracking.deterministic, rngs=rngs)
-    return jax.tree.map(lambda x: x.reshape(b, t, *x.shape[1:]).swapaxes(0, 1), features)
+def encode_frames(
+    tracking: Tracking, images: Array, key: PRNGKeyArray, one_by_one: bool = False
+) -> Features:
+    """Features of all frames, leading axes (t, b).
+
+    `one_by_one`: nothing is kept for the backward pass, which encodes each frame again when it
+    comes to it: the insides of one frame at a time are in memory, not those of all.
+    """
+
+    def encode(images: Array, key: PRNGKeyArray) -> Features:
+        pixels = normalise(images, compute_dtype(tracking.params))
+        rngs = {"dropout": key}
+        return tracking.call("encode_image", pixels, tracking.deterministic, rngs=rngs)
+
+    frames = images.swapaxes(0, 1)
+    keys = jax.random.split(key, len(frames))
+    if one_by_one:
+        return jax.lax.map(lambda item: jax.checkpoint(encode)(*item), (frames, keys))
+    return jax.vmap(encode)(frames, keys)
 
 
 def compute_dtype(params: dict):
@@ -186,7 +200,9 @@ def finish(
         full = jnp.where(visit.from_mask, given, full)
     if tracking.inference.binarise:
         full = jnp.where(visit.is_cond, jnp.where(full > 0, CERTAIN, -CERTAIN), full)
-    encoded = tracking.call("encode_memory", visit.features.top, full, score > 0)
+    remember = partial(tracking.call, "encode_memory", visit.features.top, full, score > 0)
+    nothing = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(remember))
+    encoded = jax.lax.cond(visit.remembered, remember, nothing)
     passes = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, later)
     return FrameOut(
         multi_masks=passes.masks[:2],

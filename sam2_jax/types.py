@@ -87,7 +87,7 @@ class FrameOut(NamedTuple):
     is_corrected: Bool[Array, "*t"]  # the later passes happened
     mask: Float[Array, "*t b o h w"]  # final low-resolution logits
     pointer: Float[Array, "*t b o c"]  # object pointer
-    memory: Float[Array, "*t b o n d"]  # encoded memory
+    memory: Float[Array, "*t b o n d"]  # encoded memory; zeros where nobody reads it
     points: Float[Array, "*t b o q 2"]  # prompt points, for pictures and tests
     labels: Int[Array, "*t b o q"]  # 1 object, 0 not, 2 3 box corners, -1 none
 

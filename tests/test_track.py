@@ -138,11 +138,14 @@ def test_first_prompts_need_no_corrections(model, params):
 
 def test_empty_point_slots_change_nothing(run, model, params, masked):
     """A tracked frame has one slot where no plan gives points, nine where they may."""
-    few = jax.jit(partial(track.track, model, deterministic=True, points=False))(
+    few = jax.jit(partial(track.track, model, deterministic=True, points=False, last_memory=True))(
         params, clip(0), plan(False, clicks=0), KEY
     )
     assert few.labels.shape[-1] == 1 and masked.labels.shape[-1] == 9
     np.testing.assert_allclose(few.mask, masked.mask, atol=CLOSE)
+    # Made on request alone, for nobody reads it
+    np.testing.assert_allclose(few.memory[:-1], masked.memory[:-1], atol=CLOSE)
+    assert few.memory[-1].any() and not masked.memory[-1].any()
 
 
 def test_samplers_can_be_injected(model, params):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from sam2_jax.model import layers
 from sam2_jax.model.attention import attention
+from sam2_jax.model.kernels import XLA, Kernel
 from sam2_jax.model.position import bicubic_matrix
 from sam2_jax.model.variants import Variant
 from sam2_jax.types import Array
@@ -25,13 +26,18 @@ def max_pool2(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
 
 
-def to_windows(x: Float[Array, "n h w c"], size: int) -> Float[Array, "m size size c"]:
-    """Cut into windows of `size` x `size` tokens, padded with zeros at the bottom and right.
+def to_windows(
+    x: Float[Array, "n h w c"], size: int, fill: Float[Array, " c"] | float = 0.0
+) -> Float[Array, "m size size c"]:
+    """Cut into windows of `size` x `size` tokens, padded with `fill` at the bottom and right.
 
     Padded tokens are not masked: they are keys like any other, as in the reference.
     """
     n, h, w, c = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -h % size), (0, -w % size), (0, 0)))
+    if h % size or w % size:
+        x = jnp.pad(x, ((0, 0), (0, -h % size), (0, -w % size), (0, 0)))
+        outside = (np.arange(x.shape[1]) >= h)[:, None] | (np.arange(x.shape[2]) >= w)
+        x = jnp.where(outside[..., None], fill, x)
     rows, cols = x.shape[1] // size, x.shape[2] // size
     x = x.reshape(n, rows, size, cols, size, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(-1, size, size, c)
@@ -52,19 +58,31 @@ class MultiScaleAttention(nn.Module):
 
     dim_out: int
     num_heads: int
+    window: int  # 0: attends to the whole image
     pool: bool
+    kernel: Kernel = XLA
 
     @nn.compact
-    def __call__(self, x: Float[Array, "m h w c"]) -> Float[Array, "m h2 w2 d"]:
-        q, k, v = jnp.split(layers.dense(3 * self.dim_out, "qkv")(x), 3, axis=-1)
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 d"]:
+        height, width = (s // 2 if self.pool else s for s in x.shape[1:3])
+        project = layers.dense(3 * self.dim_out, "qkv")
+        x = project(x)
+        if self.window:
+            # The reference pads before it projects; of zeros that leaves the bias
+            x = to_windows(x, self.window, project.variables["params"]["bias"].astype(x.dtype))
+        q, k, v = jnp.split(x, 3, axis=-1)
         if self.pool:
             q = max_pool2(q)
 
         def heads(y):
             return y.reshape(y.shape[0], y.shape[1] * y.shape[2], self.num_heads, -1)
 
-        out, _ = attention(heads(q), heads(k), heads(v))
-        return layers.dense(self.dim_out, "proj")(out.reshape(q.shape))
+        out, _ = attention(heads(q), heads(k), heads(v), kernel=self.kernel)
+        out = out.reshape(q.shape)
+        if self.window:
+            # The window of the stage before; pooled queries leave half of it
+            out = from_windows(out, height, width)
+        return layers.dense(self.dim_out, "proj")(out)
 
 
 class MultiScaleBlock(nn.Module):
@@ -75,6 +93,7 @@ class MultiScaleBlock(nn.Module):
     window: int  # 0: attends to the whole image
     pool: bool
     drop_path: float
+    kernel: Kernel = XLA
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], deterministic: bool) -> Float[Array, "n i j d"]:
@@ -85,14 +104,10 @@ class MultiScaleBlock(nn.Module):
         if self.dim_out != x.shape[-1]:
             shortcut = layers.dense(self.dim_out, "proj")(x)
             shortcut = max_pool2(shortcut) if self.pool else shortcut
-        attend = MultiScaleAttention(self.dim_out, self.num_heads, self.pool, name="attn")
-        if self.window:
-            # The first block of a stage still has the window of the stage before; pooled
-            # queries leave half of it.
-            x = from_windows(attend(to_windows(x, self.window)), *shortcut.shape[1:3])
-        else:
-            x = attend(x)
-        x = shortcut + drop(x)
+        attend = MultiScaleAttention(
+            self.dim_out, self.num_heads, self.window, self.pool, self.kernel, name="attn"
+        )
+        x = shortcut + drop(attend(x))
         hidden = layers.layer_norm(1e-6, "norm2")(x)
         mlp = layers.Mlp(4 * self.dim_out, self.dim_out, 2, use_gelu=True, name="mlp")
         return x + drop(mlp(hidden))
@@ -103,6 +118,7 @@ class Hiera(nn.Module):
 
     variant: Variant
     drop_path: float = 0.0
+    kernel: Kernel = XLA
 
     @nn.compact
     def __call__(
@@ -123,6 +139,7 @@ class Hiera(nn.Module):
                     window=0 if index in v.global_blocks else window,
                     pool=first,
                     drop_path=float(rates[index]),
+                    kernel=self.kernel,
                     name=f"blocks_{index}",
                 )(x, deterministic)
                 index += 1

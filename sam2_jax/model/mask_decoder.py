@@ -33,10 +33,6 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = layers.Mlp(256, 4, 3, use_sigmoid=True)
         self.pred_obj_score_head = layers.Mlp(self.dim, 1, 3)
 
-    def project(self, s4: Float[Array, "n h w c"], s8: Float[Array, "n i j c"]):
-        """The neck's high-resolution levels, once per image rather than once per click."""
-        return self.conv_s0(s4), self.conv_s1(s8)
-
     def __call__(
         self,
         image: Float[Array, "n h w c"],

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 
 from sam2_jax.model import layers
 from sam2_jax.model.attention import attention
+from sam2_jax.model.kernels import XLA, Kernel
 from sam2_jax.model.position import rotary_table, rotate
 from sam2_jax.types import Array
 
@@ -20,6 +21,7 @@ class SelfAttention(nn.Module):
 
     dim: int
     dropout: float
+    kernel: Kernel = XLA
 
     @nn.compact
     def __call__(self, x: Float[Array, "n q c"], deterministic: bool) -> Float[Array, "n q c"]:
@@ -28,7 +30,7 @@ class SelfAttention(nn.Module):
         k = rotate(layers.dense(self.dim, "k_proj")(x), table)[:, :, None]
         v = layers.dense(self.dim, "v_proj")(x)[:, :, None]
         key = None if deterministic or not self.dropout else self.make_rng("dropout")
-        out, _ = attention(q, k, v, dropout_rate=self.dropout, dropout_key=key)
+        out, _ = attention(q, k, v, None, self.dropout, key, self.kernel)
         return layers.dense(self.dim, "out_proj")(out[:, :, 0])
 
 
@@ -42,6 +44,7 @@ class CrossAttention(nn.Module):
 
     dim: int
     dropout: float
+    kernel: Kernel = XLA
 
     @nn.compact
     def __call__(
@@ -63,7 +66,13 @@ class CrossAttention(nn.Module):
         k = jnp.concatenate([turned, k[:, spatial:]], 1)
         key = None if deterministic or not self.dropout else self.make_rng("dropout")
         out, sums = attention(
-            q[:, :, None], k[:, :, None], memory[:, :, None], key_mask, self.dropout, key
+            q[:, :, None],
+            k[:, :, None],
+            memory[:, :, None],
+            key_mask,
+            self.dropout,
+            key,
+            self.kernel,
         )
         v_proj = layers.dense(self.dim, "v_proj")
         value = v_proj(out[:, :, 0])
@@ -80,6 +89,7 @@ class MemoryAttention(nn.Module):
     num_layers: int
     attention_dropout: float
     dropout: float
+    kernel: Kernel = XLA
 
     @nn.compact
     def __call__(
@@ -107,14 +117,19 @@ class MemoryAttention(nn.Module):
         x = image + 0.1 * jnp.asarray(image_code)
         for i in range(self.num_layers):
             norm1 = layers.layer_norm(1e-5, f"layers_{i}_norm1")
-            attend = SelfAttention(self.dim, self.attention_dropout, name=f"layers_{i}_self_attn")
+            attend = SelfAttention(
+                self.dim, self.attention_dropout, self.kernel, name=f"layers_{i}_self_attn"
+            )
             update = attend(norm1(x), deterministic)
             if i == 0:
                 x, update = jnp.repeat(x, n // b, axis=0), jnp.repeat(update, n // b, axis=0)
             x = x + drop(update)
             y = layers.layer_norm(1e-5, f"layers_{i}_norm2")(x)
             cross = CrossAttention(
-                self.dim, self.attention_dropout, name=f"layers_{i}_cross_attn_image"
+                self.dim,
+                self.attention_dropout,
+                self.kernel,
+                name=f"layers_{i}_cross_attn_image",
             )
             x = x + drop(cross(y, memory, memory_code, num_pointer_tokens, key_mask, deterministic))
             y = layers.layer_norm(1e-5, f"layers_{i}_norm3")(x)

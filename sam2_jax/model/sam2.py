@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from sam2_jax.model import layers
 from sam2_jax.model.hiera import Hiera
+from sam2_jax.model.kernels import XLA, Kernel, make_kernel
 from sam2_jax.model.mask_decoder import MaskDecoder
 from sam2_jax.model.memory_attention import MemoryAttention
 from sam2_jax.model.memory_encoder import MemoryEncoder
@@ -37,13 +38,20 @@ class Sam2(nn.Module):
     attention_dropout: float = 0.0  # on the weights of memory attention
     dropout: float = 0.0  # elsewhere in memory attention
     drop_path: float = 0.0  # stochastic depth of the trunk
+    kernel: Kernel = XLA  # of large attentions
 
     def setup(self):
         v = self.variant
         small = nn.initializers.truncated_normal(0.02)
-        self.image_encoder = ImageEncoder(Hiera(v, self.drop_path), FpnNeck(v.hidden_dim))
+        trunk = Hiera(v, self.drop_path, self.kernel)
+        self.image_encoder = ImageEncoder(trunk, FpnNeck(v.hidden_dim))
         self.memory_attention = MemoryAttention(
-            v.hidden_dim, v.feedforward_dim, v.memory_layers, self.attention_dropout, self.dropout
+            v.hidden_dim,
+            v.feedforward_dim,
+            v.memory_layers,
+            self.attention_dropout,
+            self.dropout,
+            self.kernel,
         )
         self.memory_encoder = MemoryEncoder(v.hidden_dim, v.memory_dim)
         self.sam_prompt_encoder = PromptEncoder(v.hidden_dim, self.resolution)
@@ -61,9 +69,9 @@ class Sam2(nn.Module):
 
     def encode_image(self, images: Float[Array, "n h w 3"], deterministic: bool = True) -> Features:
         """Normalised images (see `normalise`) to features at strides 16, 8 and 4."""
-        s4, s8, s16 = self.image_encoder(images, deterministic)
-        s0, s1 = self.sam_mask_decoder.project(s4, s8)
-        return Features(s16, s1, s0)
+        decoder = self.sam_mask_decoder
+        encode = self.image_encoder
+        return Features(*encode(images, deterministic, decoder.conv_s0, decoder.conv_s1))
 
     def without_memory(self, top: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Features of a frame that is prompted without looking at any memory."""
@@ -191,8 +199,12 @@ def make_sam2(
     attention_dropout: float = 0.0,
     dropout: float = 0.0,
     drop_path: float = 0.0,
+    kernel: Kernel | None = None,
 ) -> Sam2:
-    """A SAM 2 of a named size. UserError for an unknown name, version or impossible resolution."""
+    """A SAM 2 of a named size. UserError for an unknown name, version or impossible resolution.
+
+    `kernel` is the implementation of large attentions; None: what suits the first device.
+    """
     if version not in VERSIONS:
         raise UserError(f"model.version {version!r} is unknown: expected one of {VERSIONS}.")
     if resolution <= 0 or resolution % 32:
@@ -200,7 +212,8 @@ def make_sam2(
             f"model.resolution {resolution} is not a positive multiple of 32: "
             f"try {max(32, round(resolution / 32) * 32)}."
         )
-    return Sam2(variant(name), resolution, version, attention_dropout, dropout, drop_path)
+    kernel = make_kernel() if kernel is None else kernel
+    return Sam2(variant(name), resolution, version, attention_dropout, dropout, drop_path, kernel)
 
 
 def init_params(model: Sam2, key: PRNGKeyArray) -> dict:

@@ -36,7 +36,9 @@ class Tracker(NamedTuple):
 
     first: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
     first_points: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
-    first_clicks: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
+    first_clicks: Callable[
+        ..., tuple[Tracked, Float[Array, "o h w"], Float[Array, "o p 2"], Int[Array, "o p"]]
+    ]
     next: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
 
 
@@ -47,7 +49,8 @@ def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
     num_frames)`, `first_clicks(params, image, masks, num_frames, clicks=n)` and `next(params,
     state, image)` return a state and low-resolution mask logits (o, h/4, w/4). `first_clicks` is
     given the true masks and makes n clicks as someone would: in the middle of the object, then of
-    the larger error that is left (the reference's `point_sampling_method="center"`). Images are
+    the larger error that is left (the reference's `point_sampling_method="center"`); it also
+    returns them, points and labels (-1: none) as `first_points` takes them. Images are
     uint8 (h, w, 3) at the model's resolution, masks boolean (o, h, w); points (o, p, 2) are x, y in
     pixels of the model's input, labels (o, p) are 1 on the object, 0 beside it, 2 and 3 for the
     corners of a box, which come first. `num_frames` is the length of
@@ -87,9 +90,11 @@ def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
             is_box=no,
             is_corrected=jnp.asarray(clicks > 1),
             from_truth=jnp.zeros(tracking.corrections, bool),
+            remembered=jnp.ones((), bool),
         )
         bank, out = visit_frame(tracking, state.bank, item, key, prompt)
-        return Tracked(bank, state.frame + 1), out.mask[0]
+        clicked = (out.points[0], out.labels[0]) if clicks else ()
+        return Tracked(bank, state.frame + 1), out.mask[0], *clicked
 
     @partial(jax.jit, donate_argnums=1)
     def visit_mask(params, state: Tracked, image, masks, is_first):

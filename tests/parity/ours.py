@@ -42,7 +42,16 @@ def loss_fn(params, model, batch, plan, prompts, remat: str):
 
     key = jax.random.key(0)
     out = track.track(
-        model, params, batch, plan, key, deterministic=True, click=click, box=box, remat=remat
+        model,
+        params,
+        batch,
+        plan,
+        key,
+        deterministic=True,
+        click=click,
+        box=box,
+        remat=remat,
+        last_memory=True,
     )
     total, terms = losses.total(out, batch.masks.swapaxes(0, 1), batch.valid)
     return total, (terms, out)

@@ -225,6 +225,7 @@ def test_heads(make_pair, rng, draw, resolution, kind):
             is_box=jnp.array(False),
             is_corrected=jnp.array(False),
             from_truth=jnp.zeros(2, bool),
+            remembered=jnp.array(True),
         )
         dense = tracking.call("mask_prompt", before).reshape(top.shape)
         prompt = decode.Prompt(shape(points), shape(labels), jnp.int32(count))

@@ -77,6 +77,7 @@ def make_ours(model):
             jax.random.key(0),
             deterministic=True,
             points=False,
+            last_memory=True,
         )
         total, _ = losses.total(out, batch.masks.swapaxes(0, 1), batch.valid)
         return total, out
