@@ -7,7 +7,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
+from sam2_jax.presets import with_arguments
 
+
+@with_arguments
 def get_config(variant: str = "tiny") -> Any:
     """Settings of facebookresearch/sam2@2b90b9f sam2.1_hiera_b+_MOSE_finetune.yaml.
 
@@ -22,6 +25,8 @@ def get_config(variant: str = "tiny") -> Any:
     c.model.version = "2.1"  # 2.0 lacks the signed temporal code of pointers, for old weights
     c.model.resolution = 1024  # side of the square input, pixels; a multiple of 32
     c.model.attention_dropout = 0.1  # on attention weights of memory attention; 0: fused kernels
+    # How large attentions are computed: auto, or xla, blockwise, cudnn, flash (model/kernels.py)
+    c.model.attention = "auto"
     c.model.dropout = 0.1  # elsewhere in memory attention
     c.model.drop_path = 0.1  # of the trunk's blocks, growing with depth
 
@@ -78,6 +83,7 @@ def get_config(variant: str = "tiny") -> Any:
     c.train.log_every = 10
     c.train.eval_every = 1_000  # 0: only at the end
     c.train.precision = "bfloat16"  # of the computation; state and losses are float32
+    c.train.reduce_precision = "float32"  # in which kernels' gradients are summed over devices
     c.train.not_finite = "stop"  # at a loss or gradient that is not, or skip the update
     c.train.max_skipped = 10  # so many skipped in a row, then stop
     c.train.profile_steps = ()  # first and last step of a trace for TensorBoard's profile tab
@@ -101,13 +107,14 @@ def get_config(variant: str = "tiny") -> Any:
     c.checkpoint.keep = 2  # the last ones
     c.checkpoint.keep_every = 0  # and those of every so many steps; 0: none
     c.checkpoint.keep_best = 1  # and so many of the best
-    c.checkpoint.best = "eval/J&F"  # by this metric of the evaluation
+    c.checkpoint.best = "eval/J&F"  # by this metric of the evaluation, such as eval/loss
     c.checkpoint.best_is_lowest = False
 
     c.eval = ConfigDict()
     c.eval.max_clips = 0  # 0: all
     c.eval.max_frames = 0  # of each clip; 0: all
     c.eval.prompts = ("mask",)  # of the first frame: mask, box, click1, click3 ...
+    c.eval.loss_clips = 0  # of each set, fixed ones, on which the loss is computed as well; 0: none
     c.eval.sets = ConfigDict()  # further folders of clips to evaluate on, by name
     return c
 

@@ -15,6 +15,7 @@ from sam2_jax.data.catalogue import KINDS
 from sam2_jax.data.mixture import INTERLEAVE, RANDOM
 from sam2_jax.data.sources import SKIP, STOP
 from sam2_jax.metrics import SCORED
+from sam2_jax.model.kernels import NAMES as KERNELS
 from sam2_jax.model.variants import VARIANTS
 from sam2_jax.rules import nearest
 from sam2_jax.types import UserError
@@ -56,6 +57,7 @@ _AT_LEAST = {
     "checkpoint.keep_best": 0,
     "eval.max_clips": 0,
     "eval.max_frames": 0,
+    "eval.loss_clips": 0,
 }
 _SOURCE_AT_LEAST = {
     "num_frames": 1,
@@ -130,6 +132,7 @@ def check_model(config: Config) -> None:
     """`check` of the model, and of the mesh that it lies on."""
     one_of("model.variant", config.model.variant, tuple(VARIANTS))
     one_of("model.version", config.model.version, VERSIONS)
+    one_of("model.attention", config.model.attention, KERNELS)
     resolution = config.model.resolution
     if resolution < STRIDE or resolution % STRIDE:
         near = max(STRIDE, round(resolution / STRIDE) * STRIDE)
@@ -188,7 +191,13 @@ def check_optim(config: Config) -> None:
 
 def check_train(config: Config) -> None:
     """`check` of how training runs and what it keeps."""
-    one_of("train.precision", config.train.precision, PRECISIONS)
+    for key in ("precision", "reduce_precision"):
+        if config.train[key] == "float16":
+            raise UserError(
+                f"train.{key}=float16 loses small gradients unless the loss is scaled, which it is "
+                "not here: take bfloat16, which has float32's range at the same speed"
+            )
+        one_of(f"train.{key}", config.train[key], PRECISIONS)
     one_of("train.remat", config.train.remat, REMATS)
     one_of("train.not_finite", config.train.not_finite, NOT_FINITE)
     profiled = config.train.profile_steps
@@ -209,6 +218,19 @@ def check_eval(config: Config) -> None:
         raise UserError(
             f"eval.max_frames={config.eval.max_frames} must be 0 (all) or at least {SCORED}: the "
             "first and the last frame are not scored"
+        )
+    best = config.checkpoint.best
+    if not best.rpartition("/")[2].startswith("loss"):
+        return
+    if not config.eval.loss_clips:
+        raise UserError(
+            f"checkpoint.best={best} is computed on eval.loss_clips=0 clips of each set: take "
+            "some, say 16, or another metric"
+        )
+    if not config.checkpoint.best_is_lowest:
+        raise UserError(
+            f"checkpoint.best={best} with checkpoint.best_is_lowest=False would keep the highest "
+            "loss: set it to True"
         )
 
 

@@ -9,9 +9,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sam2_jax import base as bases
-from sam2_jax import checkpoint, optim, recipe, sharding, snapshot, train, validation
+from sam2_jax import (
+    checkpoint,
+    initial,
+    optim,
+    recipe,
+    resume,
+    sharding,
+    snapshot,
+    train,
+    validation,
+)
+from sam2_jax.config_checks import flat_keys
 from sam2_jax.data import catalogue, pipeline
-from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
+from sam2_jax.model.sam2 import Sam2, init_params
 from sam2_jax.records import wandb
 from sam2_jax.types import UserError
 
@@ -29,6 +40,22 @@ class Run(NamedTuple):
     latest: int | None  # step to go on from
 
 
+def workdir_of(text: str) -> pathlib.Path:
+    """The folder that --workdir names; `UserError` for an address of a bucket.
+
+    Run folders are locked, cut and replaced as files of a file system are. As a path the address
+    would be a folder `gs:` in the one where this is started.
+    """
+    scheme, is_address, _ = text.partition("://")
+    if is_address:
+        raise UserError(
+            f"--workdir={text} is no folder: a run can be where files can, on a disk or a network "
+            "file system; mount the bucket as one (such as gcsfuse for gs, mount-s3 for s3) and "
+            f"name the mounted folder, or train on a disk and copy the run to {scheme}:// after"
+        )
+    return pathlib.Path(text)
+
+
 def prepare(config: Any, workdir: pathlib.Path) -> Run:
     """Checks everything that can be checked; raises `UserError` for what cannot work."""
     if blocking := next((p for p in (workdir, *workdir.parents) if p.is_file()), None):
@@ -40,21 +67,15 @@ def prepare(config: Any, workdir: pathlib.Path) -> Run:
         sharding.check_batch_size(
             part.batch_size, mesh, jax.process_count(), config.train.accumulate
         )
-    m = config.model
-    model = make_sam2(
-        m.variant, m.resolution, m.version, m.attention_dropout, m.dropout, m.drop_path
-    )
-    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    optimizer, with_adapters = recipe.make_config_optimizer(config, shapes)
-    begin = functools.partial(train.init_state, optimizer=optimizer, ema=config.train.ema_decay > 0)
-    state = jax.eval_shape(begin, with_adapters)
+    model = recipe.make_config_model(config, mesh)
+    optimizer, state, shapes = recipe.make_config_state(config, model)
     parts = catalogue.make_parts(config)
     eval_sets = validation.make_eval_sets(config)
     latest = checkpoint.latest_step(workdir)
     if latest is not None:
-        checkpoint.check_same_model(workdir, config.to_dict())
+        resume.check(workdir, flat_keys(config))
     if config.checkpoint.init_from and (latest is None or config.lora.rules):
-        checkpoint.check_init(config.checkpoint.init_from, shapes)
+        initial.check_init(config.checkpoint.init_from, shapes)
     return Run(
         workdir,
         mesh,
@@ -99,7 +120,11 @@ def start(
             frozen = snapshot.frozen_of_base(
                 config, run.workdir, run.latest, adapted, run.optimizer
             )
-        state, data = snapshot.restore(run.workdir, run.latest, like, run.optimizer, frozen)
+        changed = resume.changed_keys(run.workdir, flat_keys(config))
+        changes = resume.optimizer_changes(changed)
+        state, data = snapshot.restore(
+            run.workdir, run.latest, like, run.optimizer, frozen, changes
+        )
         batches.set_state(data)
         return state, f"checkpoint of step {run.latest}", base
     layout = train.state_shardings(like, run.mesh)
@@ -108,7 +133,7 @@ def start(
         if base:
             params = snapshot.with_adapters(config, adapted, like.params)
         else:
-            params = checkpoint.load_init(origin, like.params)
+            params = initial.load_init(origin, like.params)
     else:
         origin = "random weights"
         init = jax.jit(functools.partial(init_params, run.model), out_shardings=layout.params)

@@ -1,5 +1,6 @@
 """From a config to the optimizer and the step that it describes."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,8 +8,17 @@ from jax.sharding import Mesh
 
 from sam2_jax import lora, losses, optim, partition, prompts, rules
 from sam2_jax.model.classes import module_classes
-from sam2_jax.model.sam2 import make_sam2
-from sam2_jax.train import Params, RandomKey, TrainStep, make_loss, make_train_step
+from sam2_jax.model.kernels import described, make_kernel
+from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
+from sam2_jax.train import (
+    Params,
+    RandomKey,
+    State,
+    TrainStep,
+    init_state,
+    make_loss,
+    make_train_step,
+)
 from sam2_jax.types import PromptPlan, UserError
 
 
@@ -36,6 +46,34 @@ def make_optim_settings(config: Any) -> optim.OptimSettings:
         clip_norm=o.clip_norm,
         classes=module_classes(make_sam2(m.variant, m.resolution, m.version)),
     )
+
+
+def make_config_model(config: Any, mesh: Mesh) -> Sam2:
+    """The model that a config describes for the devices of a mesh; it holds no parameters.
+
+    Raises:
+        UserError: the implementation of attention is none for these devices.
+    """
+    m = config.model
+    kernel = make_kernel(m.attention, mesh)
+    dropouts = m.attention_dropout, m.dropout, m.drop_path
+    model = make_sam2(m.variant, m.resolution, m.version, *dropouts, kernel)
+    describe_attention(config, model)
+    return model
+
+
+def describe_attention(config: Any, model: Sam2) -> str:
+    """What its large attentions will be, in words; raises as `make_config_model`."""
+    dim, dropout = model.variant.hidden_dim, config.model.attention_dropout
+    return described(model.kernel, dim, config.train.precision, dropout)
+
+
+def make_config_state(config: Any, model: Sam2) -> tuple[optim.Optimizer, State, Params]:
+    """(optimizer, shapes of the state before the first step, of the model's own parameters)."""
+    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    optimizer, with_adapters = make_config_optimizer(config, shapes)
+    begin = functools.partial(init_state, optimizer=optimizer, ema=config.train.ema_decay > 0)
+    return optimizer, jax.eval_shape(begin, with_adapters), shapes
 
 
 def make_config_optimizer(config: Any, shapes: Params) -> tuple[optim.Optimizer, Params]:
@@ -77,6 +115,7 @@ def make_config_step(config: Any, model: Any, optimizer: optim.Optimizer, mesh: 
         sample_plan=sample_plan,
         mesh=mesh,
         precision=config.train.precision,
+        reduce_precision=config.train.reduce_precision,
         lora_rules=config.lora.rules,
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema_decay,

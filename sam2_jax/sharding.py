@@ -4,6 +4,7 @@ Decided once, from shapes alone, outside the model: batches are split over the a
 `fsdp`, the state (parameters and optimizer moments alike) over `fsdp`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sam2_jax.types import UserError
 
 AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")  # over which videos are dealt out
+BATCH, EVERYWHERE = PartitionSpec(BATCH_AXES), PartitionSpec()
 # A smaller array costs more to gather than to keep on every device.
 MIN_SHARDED_ELEMENTS = 2**14
 
@@ -67,12 +70,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, processes: int = 1, accumulate
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, EVERYWHERE)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis (videos) split over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, BATCH)
 
 
 def leaf_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
@@ -91,8 +94,12 @@ def tree_shardings(shapes: Any, mesh: Mesh) -> Any:
 
     One function for parameters and optimizer state: moments lie where their parameter lies.
     """
-    fsdp = mesh.shape["fsdp"]
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf_spec(leaf.shape, fsdp)), shapes)
+    return jax.tree.map(functools.partial(NamedSharding, mesh), tree_specs(shapes, mesh))
+
+
+def tree_specs(shapes: Any, mesh: Mesh) -> Any:
+    """`leaf_spec` of each leaf of a tree of arrays or shapes."""
+    return jax.tree.map(lambda leaf: leaf_spec(leaf.shape, mesh.shape["fsdp"]), shapes)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -112,23 +119,43 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     )
 
 
-def gather(tree: Any, mesh: Mesh) -> Any:
+def manual_axes(mesh: Mesh) -> set[str]:
+    """Axes that a step's `jax.shard_map` lays out itself: all, but for `model` where it is used."""
+    return set(AXES if mesh.shape["model"] == 1 else BATCH_AXES)
+
+
+def gather(tree: Any, specs: Any) -> Any:
     """Brings a sharded tree together on every device, in the dtype that it has.
 
-    For a step's copy of the parameters, once and outside all loops: so the number of gathers grows
-    neither with the frames nor with the parts of a batch. Nothing on a mesh without `fsdp`.
+    Inside `jax.shard_map`; `specs` are `tree_specs` of the whole tree. For a step's copy of the
+    parameters, once and outside all loops: so the number of gathers grows neither with the frames
+    nor with the parts of a batch.
     """
-    if mesh.shape["fsdp"] == 1:
-        return tree
-    # Pinned before, too: else a cast or a sum before it might be moved behind the gather
-    return jax.lax.with_sharding_constraint(scatter(tree, mesh), replicated(mesh))
+
+    def one(x: Any, spec: PartitionSpec) -> Any:
+        if "fsdp" not in spec:
+            return x
+        return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True)
+
+    return jax.tree.map(one, tree, specs)
 
 
-def scatter(tree: Any, mesh: Mesh) -> Any:
-    """Lays a tree out as `tree_shardings` says: gradients are not summed whole on every device."""
-    if mesh.shape["fsdp"] == 1:
-        return tree
-    return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, mesh))
+def sum_and_scatter(tree: Any, specs: Any) -> Any:
+    """Sums each device's own gradients over all of them, and leaves each the shard it updates.
+
+    Inside `jax.shard_map`, as `gather`: a reduce-scatter over `fsdp`, then the shard is summed over
+    `data`; what is not sharded is summed over both.
+    """
+
+    def one(x: Any, spec: PartitionSpec) -> Any:
+        if "fsdp" not in spec:
+            return jax.lax.psum(x, BATCH_AXES)
+        axis = spec.index("fsdp")
+        return jax.lax.psum(
+            jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True), "data"
+        )
+
+    return jax.tree.map(one, tree, specs)
 
 
 def local_rows(x: Any) -> np.ndarray:

@@ -4,6 +4,7 @@
 passed in, and `make_loss` and friends build those from a model.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Int, Key, PRNGKeyArray
 
 from sam2_jax import lora, losses, optim, partition, rules, sharding, track
 from sam2_jax.types import Array, Batch, PromptPlan
@@ -19,9 +20,11 @@ from sam2_jax.updates import UpdateState
 
 Params = Any  # nested dict of arrays
 RandomKey = PRNGKeyArray
+RandomKeys = Key[jax.Array, " b"]  # one for each video
 Metrics = dict[str, Array]  # scalars
-# (params, batch, plan, key, objects) -> (loss, scalar terms); the loss is summed over what the
-# batch holds on all devices and divided by `objects`, so that those of a batch's parts add up.
+# (params, a batch of one video, plan, key, objects) -> (loss, scalar terms); what is summed over
+# the video's objects is divided by `objects`, those of the whole batch on all devices, so that the
+# losses of all videos add up to that of the batch.
 LossFn = Callable[[Params, Batch, PromptPlan, RandomKey, Array], tuple[Array, Metrics]]
 # Leaves that a bfloat16 step computes with in bfloat16. All others, few and small, stay float32 and
 # keep what they are added to in float32: embeddings, norms, biases, random frequencies.
@@ -87,6 +90,7 @@ def make_train_step(
     active: Callable[[PromptPlan], dict[str, Array]] = optim.active_groups,
     precision: str = "float32",
     lora_rules: lora.Rules = (),
+    reduce_precision: str = "float32",
     accumulate: int = 1,
     ema_decay: float = 0.0,
     skip: bool = False,
@@ -96,14 +100,16 @@ def make_train_step(
     All randomness is fold_in(run_key, step), so that a resumed run draws what it would have
     drawn. `sample_plan` is given the number of frames, which may differ from batch to batch: each
     shape of a batch is compiled once. The batch is worked off in `accumulate` parts, one after the
-    other, for the gradients of the whole. The plan is that of the whole batch, whatever their
-    number; dropout and the places of clicks and boxes are drawn for each part, hence differ.
+    other, for the gradients of the whole. The plan is one for the whole batch; dropout and the
+    places of clicks and boxes are drawn for each video, the same whatever the number of parts and
+    devices. Kernels' gradients are summed over the devices in `reduce_precision`, others in
+    float32.
     Where loss or gradient is not finite nothing is updated, and the state counts it; with `skip`
     the next step goes on, without it no later step changes anything either, so that the state
     stays the one on which it happened. Metrics: `loss`, the terms, norms of gradient (before
     clipping) and update, whole and of each part of the model, rates, `skipped_in_a_row`.
     """
-    dtype = jnp.dtype(precision)
+    dtype, reduced = jnp.dtype(precision), jnp.dtype(reduce_precision)
 
     def learns(path: str) -> bool:
         """Whether a parameter of the model gets a gradient: its own, or for its adapter."""
@@ -118,22 +124,51 @@ def make_train_step(
             whole = lora.merge(partition.join(frozen, trained), lora_rules)
             return partition.split(whole, learns)
 
-        # Cast and gathered once, outside all loops; the gradients are of these copies
         learnt, pull, constant = jax.vjp(merged, trained, has_aux=True)
-        learnt = sharding.gather(compute_copy(learnt, dtype), mesh)
-        constant = sharding.gather(compute_copy(constant, dtype), mesh)
-        objects = batch.valid.sum()
+        layouts = [sharding.tree_specs(tree, mesh) for tree in (learnt, constant)]
+        videos = sharding.BATCH
 
-        def one_part(batch: Batch, key: RandomKey) -> tuple[Metrics, Params]:
-            def loss_of(learnt: Params) -> tuple[Array, Metrics]:
-                return loss_fn(partition.join(constant, learnt), batch, plan, key, objects)
+        def on_device(
+            learnt: Params,
+            constant: Params,
+            batch: Batch,
+            keys: RandomKeys,
+            plan: PromptPlan,
+            objects: Array,
+        ) -> tuple[Metrics, Params]:
+            # Cast and gathered once, outside all loops; the gradients are of these copies
+            learnt = sharding.gather(compute_copy(learnt, dtype), layouts[0])
+            constant = sharding.gather(compute_copy(constant, dtype), layouts[1])
 
-            (loss, terms), grads = jax.value_and_grad(loss_of, has_aux=True)(learnt)
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32), sharding.scatter(grads, mesh))
-            return {"loss": loss, **terms}, grads
+            def one_part(batch: Batch, keys: RandomKeys) -> tuple[Metrics, Params]:
+                def loss_of(learnt: Params) -> tuple[Array, Metrics]:
+                    def one_video(video: Batch, key: RandomKey) -> tuple[Array, Metrics]:
+                        alone = jax.tree.map(lambda x: x[None], video)
+                        return loss_fn(partition.join(constant, learnt), alone, plan, key, objects)
 
-        metrics, grads = sum_of_parts(one_part, batch, key, accumulate)
-        return metrics, pull(grads)[0]
+                    each = jax.vmap(one_video)(batch, keys)
+                    return jax.tree.map(lambda x: x.sum(0), each)
+
+                (loss, terms), grads = jax.value_and_grad(loss_of, has_aux=True)(learnt)
+                return {"loss": loss, **terms}, wide(grads)
+
+            metrics, grads = sum_of_parts(one_part, batch, keys, accumulate)
+            # One sum over all devices, after all loops: XLA would put one into every turn of each
+            metrics = jax.lax.psum(metrics, sharding.BATCH_AXES)
+            return metrics, sharding.sum_and_scatter(compute_copy(grads, reduced), layouts[0])
+
+        on_devices = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(*layouts, videos, videos, sharding.EVERYWHERE, sharding.EVERYWHERE),
+            out_specs=(sharding.EVERYWHERE, layouts[0]),
+            axis_names=sharding.manual_axes(mesh),
+            check_vma=False,  # the loops begin with constants, which it takes for something else
+        )
+        # A key for each video: its draws are the same on whatever mesh and in whatever part
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(batch.valid)))
+        metrics, grads = on_devices(learnt, constant, batch, keys, plan, batch.valid.sum())
+        return metrics, pull(wide(grads))[0]
 
     def train_step(state: State, batch: Batch, run_key: RandomKey) -> tuple[State, Metrics]:
         plan_key, loss_key = jax.random.split(jax.random.fold_in(run_key, state.step))
@@ -191,22 +226,15 @@ def norms(name: str, tree: Params) -> Metrics:
 
 
 def sum_of_parts(
-    one_part: Callable[[Batch, RandomKey], tuple[Metrics, Params]],
+    one_part: Callable[[Batch, RandomKeys], tuple[Metrics, Params]],
     batch: Batch,
-    key: RandomKey,
+    keys: RandomKeys,
     parts: int,
 ) -> tuple[Metrics, Params]:
-    """What `one_part` gives, summed over the parts of a batch by a loop.
-
-    Part i of k has the videos i, i + k, i + 2 k ...: so each has videos of every device, and none
-    moves to another. Of one part, `key` is used itself.
-    """
+    """What `one_part` gives, summed over the parts of a batch, and of its keys, by a loop."""
     if parts == 1:
-        return one_part(batch, key)
-    items = (
-        jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch),
-        jax.random.split(key, parts),
-    )
+        return one_part(batch, keys)
+    items = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (batch, keys))
     shapes = jax.eval_shape(one_part, *jax.tree.map(lambda x: x[0], items))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -214,6 +242,11 @@ def sum_of_parts(
         return jax.tree.map(jnp.add, total, one_part(*item)), None
 
     return jax.lax.scan(add, zeros, items)[0]
+
+
+def wide(tree: Params) -> Params:
+    """All leaves in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def state_shardings(shapes: State, mesh: Mesh) -> State:

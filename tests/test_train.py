@@ -211,9 +211,30 @@ def test_parts_of_a_batch_add_up_to_the_whole(parts):
     np.testing.assert_allclose(sharded["grad_norm"], metrics["grad_norm"], rtol=1e-5)
 
 
-def test_parts_draw_on_their_own():
-    losses = {run_step(spread=0.5, accumulate=parts)[2]["loss"].item() for parts in (1, 2, 4)}
-    assert len(losses) == 3
+def test_draws_are_a_video_s_own():
+    """The same in every part and on every mesh, and not those of another video."""
+    two = sharding.make_mesh(2, 1, 1, jax.devices()[:2])
+    ways: list[dict[str, Any]] = [{}, {"accumulate": 2}, {"accumulate": 4}, {"mesh": two}]
+    losses = [run_step(spread=0.5, **way)[2]["loss"].item() for way in ways]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], BATCH, 0), example(0))
+    state, step, _ = setup(ALONE)
+    _, metrics = step(state, batch, jax.random.key(1))
+    alone, step, _ = setup(ALONE)
+    one = jax.tree.map(lambda x: x[:1], batch)
+    same = step(alone, one, jax.random.key(1))[1]["loss"]
+    assert float(same) != pytest.approx(float(metrics["loss"]), 1e-4)
+
+
+def test_reduced_in_bfloat16_gradients_of_kernels_alone_are_rounded():
+    exact, rounded = (
+        run_step(reduce_precision=name, mesh=sharding.make_mesh(2, 2, 1))[2]
+        for name in ("float32", "bfloat16")
+    )
+    assert rounded["grad_norm/no_mem_embed"] == exact["grad_norm/no_mem_embed"]
+    name = "grad_norm/image_encoder"
+    assert rounded[name] != exact[name]
+    np.testing.assert_allclose(rounded[name], exact[name], rtol=2**-8)
 
 
 def test_frozen_parameters_are_constants():
