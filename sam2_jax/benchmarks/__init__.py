@@ -1,0 +1,1 @@
+"""Measurements beside the reference; scripts/benchmark.py is their command line."""

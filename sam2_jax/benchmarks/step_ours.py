@@ -1,0 +1,52 @@
+"""Worker: our training step."""
+
+import functools
+import pathlib
+import pickle
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sam2_jax import convert, train
+from sam2_jax.benchmarks import ours, serving
+from sam2_jax.model.sam2 import init_params
+from sam2_jax.types import Batch, PromptPlan
+
+
+def make(folder: pathlib.Path) -> serving.Answer:
+    """Answers {"plan": name} with the seconds of a step; {"weights": True} loads theirs."""
+    setup = pickle.loads((folder / "setup.pkl").read_bytes())
+    serving.use_threads(setup["threads"])  # JAX counts cores when it is first used
+    config: Any = ConfigDict(setup["config"])
+    side = ours.make_side(config)
+    step = jax.jit(ours.make_step(config, side), donate_argnums=0)
+    begin = jax.jit(functools.partial(train.init_state, optimizer=side.optimizer), donate_argnums=0)
+    with np.load(folder / "clips.npz") as clips:
+        images, masks = clips["images"], clips["masks"]
+    videos, _, objects = masks.shape[:3]
+    batch = jax.device_put(Batch(images, masks, np.ones((videos, objects), bool)))
+    key = jax.random.key(0)
+    state = begin(init_params(side.model, key))
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal state
+        if request.get("weights"):
+            with np.load(folder / "weights.npz") as weights:
+                loaded = convert.from_reference(dict(weights), side.shapes.params)
+            state = begin(jax.tree.map(jax.numpy.asarray, loaded))
+            return {}
+        plan = jax.device_put(PromptPlan(**setup["plans"][request["plan"]]))
+        start = time.perf_counter()
+        state, metrics = step(state, batch, key, plan)
+        jax.block_until_ready((state, metrics))
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "loss": float(metrics["loss"])}
+
+    return answer
+
+
+if __name__ == "__main__":
+    serving.serve(make)
