@@ -11,8 +11,10 @@ none can be: name others with --config.data.eval_root.
 from typing import Any
 
 from configs import default
+from sam2_jax.presets import with_arguments
 
 
+@with_arguments
 def get_config(variant: str = "tiny") -> Any:
     """Short clips, any orientation, brightness that differs; cells that appear later count."""
     c = default.get_config(variant)

@@ -11,8 +11,10 @@ Window the intensities to 8 bits before: what is not in the window is not in the
 from typing import Any
 
 from configs import default
+from sam2_jax.presets import with_arguments
 
 
+@with_arguments
 def get_config(variant: str = "tiny") -> Any:
     """Slices forwards and backwards; colours mean nothing, left and right do."""
     c = default.get_config(variant)

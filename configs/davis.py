@@ -10,8 +10,10 @@ the train list, evaluated on the val list.
 from typing import Any
 
 from configs import default
+from sam2_jax.presets import with_arguments
 
 
+@with_arguments
 def get_config(variant: str = "tiny") -> Any:
     """Fine-tuning at the defaults; `nano` trains from random weights on a CPU."""
     c = default.get_config(variant)

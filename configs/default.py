@@ -89,6 +89,8 @@ def get_config(variant: str = "tiny") -> Any:
     c.train.profile_steps = ()  # first and last step of a trace for TensorBoard's profile tab
     c.train.wandb = ""  # project of Weights & Biases to log to as well; empty: none
     c.train.remat = "frame"  # what to recompute in the backward pass: none, frame or full
+    c.train.segment = 0  # frames tracked at a time, and again for the gradient; 0: all of a clip
+    c.train.truncate = False  # no gradient into the memories of earlier segments
     c.train.accumulate = 1  # parts that a batch is worked off in, one after the other, for memory
     c.train.ema_decay = 0.0  # of a moving average of the parameters, which is evaluated; 0: none
 
@@ -99,7 +101,7 @@ def get_config(variant: str = "tiny") -> Any:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: whatever is left
     c.mesh.fsdp = 1  # shards parameters and moments
-    c.mesh.model = 1  # kept for splitting one video over devices
+    c.mesh.model = 1  # devices that share each video: its frames to encode, its objects to track
 
     c.checkpoint = ConfigDict()
     c.checkpoint.init_from = ""  # a workdir, .pt or .safetensors to start from; empty: random

@@ -13,8 +13,10 @@ result still tracks. Evaluation needs clips, eval_root; without it there is none
 from typing import Any
 
 from configs import default
+from sam2_jax.presets import with_arguments
 
 
+@with_arguments
 def get_config(variant: str = "tiny") -> Any:
     """Batches of images, many objects each."""
     c = default.get_config(variant)

@@ -11,8 +11,10 @@ count over all devices, at least one for each.
 from typing import Any
 
 from configs import default
+from sam2_jax.presets import with_arguments
 
 
+@with_arguments
 def get_config(variant: str = "tiny") -> Any:
     """Shares of the steps as of the two public sets in the paper's mixture (arXiv 2408.00714 D.2).
 

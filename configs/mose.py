@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 from configs import default
+from sam2_jax.presets import with_arguments
 
 EPOCHS = 40
 MULTIPLIER = 2  # an epoch shows every clip twice
@@ -22,6 +23,7 @@ CLIPS = 1246  # in its list of training clips
 DEVICES = 8  # one clip on each
 
 
+@with_arguments
 def get_config(variant: str = "base_plus") -> Any:
     """`train.steps` are those of the recipe, whose batch is 8 clips, one a device."""
     c = default.get_config(variant)

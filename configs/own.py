@@ -12,8 +12,10 @@ The last tenth of the clips is held back to evaluate on; --config.data.eval_root
 from typing import Any
 
 from configs import default
+from sam2_jax.presets import with_arguments
 
 
+@with_arguments
 def get_config(variant: str = "tiny") -> Any:
     """Fine-tuning that makes much of few clips, evaluated often: little data is soon learnt."""
     c = default.get_config(variant)

@@ -11,8 +11,10 @@ many epochs go faster from packed frames (scripts/prepare_data.py, then
 from typing import Any
 
 from configs import default
+from sam2_jax.presets import with_arguments
 
 
+@with_arguments
 def get_config(variant: str = "tiny") -> Any:
     """Eight frames of six a second, three objects: the video half of configs/mixture.py."""
     c = default.get_config(variant)

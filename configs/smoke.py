@@ -3,8 +3,10 @@
 from typing import Any
 
 from configs import synthetic
+from sam2_jax.presets import with_arguments
 
 
+@with_arguments
 def get_config(variant: str = "nano") -> Any:
     """Ends within five minutes on two cores, compilation included."""
     c = synthetic.get_config(variant)

@@ -3,8 +3,10 @@
 from typing import Any
 
 from configs import default
+from sam2_jax.presets import with_arguments
 
 
+@with_arguments
 def get_config(variant: str = "nano") -> Any:
     """Training from nothing, on masks, clicks and boxes."""
     c = default.get_config(variant)

@@ -12,8 +12,10 @@ with --config.data.eval_root.
 from typing import Any
 
 from configs import default
+from sam2_jax.presets import with_arguments
 
 
+@with_arguments
 def get_config(variant: str = "tiny") -> Any:
     """Fine-tuning at the defaults, over clips about three times in all."""
     c = default.get_config(variant)

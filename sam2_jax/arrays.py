@@ -6,7 +6,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sam2_jax import lora, partition
+from sam2_jax import integrity, lora, partition
 from sam2_jax.rules import Tree, paths_of
 from sam2_jax.types import UserError, listed
 
@@ -14,11 +14,17 @@ MARK = "_METADATA"  # marks such a folder
 
 
 def shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Slash path -> shape of every array that Orbax keeps in `folder`. Reads no array."""
+    """Slash path -> shape of every array that Orbax keeps in `folder`. Reads no array.
+
+    Raises `UserError` where that is damaged.
+    """
     # The handler itself: a Checkpointer would look for, and miss, a step's metadata here.
-    tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.resolve())).tree
-    leaves = jax.tree.leaves(tree)
-    return {path: tuple(leaf.shape) for path, leaf in zip(paths_of(tree), leaves, strict=True)}
+    with integrity.reading(folder):
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.resolve())).tree
+        leaves = jax.tree.leaves(tree)
+        found = {path: tuple(leaf.shape) for path, leaf in zip(paths_of(tree), leaves, strict=True)}
+    integrity.check_names(folder, found)
+    return found
 
 
 def differences(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> list[str]:
@@ -34,12 +40,12 @@ def differences(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, 
 
 
 def check(folder: pathlib.Path, like: Tree, of: str) -> None:
-    """Raises `UserError` unless the arrays in `folder` have the paths and shapes of `like`."""
+    """Raises `UserError` unless the arrays in `folder` have the paths and shapes of `like`.
+
+    `of` says what `like` is of, for the message.
+    """
     if not (folder / MARK).exists():
-        raise UserError(
-            f"{folder} is missing or holds no arrays: this checkpoint is not whole; delete "
-            f"{folder.parent} to take an earlier one, or take another folder"
-        )
+        raise integrity.damaged(folder, "it is missing or holds no arrays")
     wanted = {
         path: tuple(leaf.shape)
         for path, leaf in zip(paths_of(like), jax.tree.leaves(like), strict=True)
@@ -52,9 +58,14 @@ def check(folder: pathlib.Path, like: Tree, of: str) -> None:
 
 
 def read(folder: pathlib.Path, like: Tree) -> Tree:
-    """The tree in `folder`, which is as `like` says, laid out so."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.resolve(), like)
+    """The tree in `folder`, which is as `like` says, laid out so.
+
+    Raises `UserError` where it cannot be read, or is not what was saved (see integrity.py).
+    """
+    with integrity.reading(folder), ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(folder.resolve(), like)
+    integrity.verify(folder, tree)
+    return tree
 
 
 def read_part(folder: pathlib.Path, like: Tree) -> Tree:

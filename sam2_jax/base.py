@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
+from sam2_jax import integrity
 from sam2_jax.lora import Rules
 from sam2_jax.rules import Tree, paths_of
-from sam2_jax.types import Array, UserError
+from sam2_jax.types import UserError
 
 ITEM = "lora"  # of a checkpoint
 
@@ -30,34 +29,20 @@ def read(step: pathlib.Path) -> Base | None:
     folder = step.resolve() / ITEM
     if not folder.is_dir():
         return None
-    try:
-        found = Base(**ocp.JsonCheckpointHandler().restore(epath.Path(folder)))
+    with integrity.reading(folder):
+        found = Base(**integrity.read_json(folder))
         rules = tuple((tuple(globs), rank, alpha) for globs, rank, alpha in found.rules)
         return found._replace(rules=rules)
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(
-            f"{folder} cannot be read ({e}): this checkpoint is not whole; take an earlier one"
-        ) from e
 
 
 def fingerprint(params: Tree) -> str:
     """32 hexadecimal digits that the values have, on any devices and from any format.
 
-    Made to notice other weights, not forged ones. Sums of integers, hence exact in any order.
+    Made to notice other weights, not forged ones.
     """
-
-    @jax.jit
-    def sums(leaves: list[Array]) -> list[Array]:
-        def one(x: Array) -> Array:
-            bits = jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32)
-            order = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape)
-            # An odd factor keeps all bits of a value; another for each place, so order counts
-            return jnp.sum((bits ^ (bits >> 15)) * (2 * order + 1), dtype=jnp.uint32)
-
-        return [one(x) for x in leaves]
-
+    single = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     values = zip(paths_of(params), map(np.shape, jax.tree.leaves(params)), strict=True)
-    numbers = [int(x) for x in jax.device_get(sums(jax.tree.leaves(params)))]
+    numbers = integrity.sums_of(single).values()
     text = repr([(*value, number) for value, number in zip(values, numbers, strict=True)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -16,8 +16,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sam2_jax.config_checks import Config, check, flat_keys, one_of
-from sam2_jax.model.variants import VARIANTS
+from sam2_jax import presets
+from sam2_jax.config_checks import Config, check, flat_keys
 from sam2_jax.reports import read_report
 from sam2_jax.rules import nearest
 from sam2_jax.types import UserError
@@ -39,16 +39,15 @@ def split_arguments(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def load_file(path: str) -> Config:
-    """The config of `FILE.py` or `FILE.py:VARIANT`, locked, unchecked."""
-    file, _, variant = path.partition(":")
+    """The config of `FILE.py`, `FILE.py:VARIANT` or `FILE.py:VARIANT,gpu=GB`, locked, unchecked."""
+    file, _, argument = path.partition(":")
     if not pathlib.Path(file).is_file():
         raise UserError(
             f"--config={path}: there is no file '{file}' here; see configs/, e.g. configs/smoke.py"
         )
-    if variant:
-        one_of("variant", variant, tuple(VARIANTS))
+    presets.parse(argument)
     get_config = runpy.run_path(file)["get_config"]
-    return (get_config(variant) if variant else get_config()).lock()
+    return (get_config(argument) if argument else get_config()).lock()
 
 
 def check_overrides(path: str, arguments: Sequence[str]) -> None:
@@ -120,7 +119,9 @@ def run(main: Callable[[Config], int | None]) -> None:
 
     --help prints the docstring of the script and its flags.
     """
-    config_flags.DEFINE_config_file("config", help_string="config file: FILE.py or FILE.py:VARIANT")
+    config_flags.DEFINE_config_file(
+        "config", help_string="config file: FILE.py, FILE.py:VARIANT or FILE.py:VARIANT,gpu=GB"
+    )
     # A flag of the script's own, for its --help.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
 

@@ -50,6 +50,7 @@ _AT_LEAST = {
     "train.log_every": 1,
     "train.eval_every": 0,
     "train.accumulate": 1,
+    "train.segment": 0,
     "checkpoint.every_steps": 1,
     "train.max_skipped": 1,
     "checkpoint.keep": 1,
@@ -129,7 +130,7 @@ def check(config: Config) -> None:
 
 
 def check_model(config: Config) -> None:
-    """`check` of the model, and of the mesh that it lies on."""
+    """`check` of the model."""
     one_of("model.variant", config.model.variant, tuple(VARIANTS))
     one_of("model.version", config.model.version, VERSIONS)
     one_of("model.attention", config.model.attention, KERNELS)
@@ -138,10 +139,6 @@ def check_model(config: Config) -> None:
         near = max(STRIDE, round(resolution / STRIDE) * STRIDE)
         raise UserError(
             f"model.resolution={resolution} must be a multiple of {STRIDE}: take {near}"
-        )
-    if config.mesh.model != 1:
-        raise UserError(
-            f"mesh.model={config.mesh.model}: one video is not split over devices yet: take 1"
         )
 
 
@@ -199,6 +196,18 @@ def check_train(config: Config) -> None:
             )
         one_of(f"train.{key}", config.train[key], PRECISIONS)
     one_of("train.remat", config.train.remat, REMATS)
+    if config.train.truncate and not config.train.segment:
+        raise UserError(
+            "train.truncate=True ends gradients between segments, and train.segment=0 makes none: "
+            "set train.segment to the number of frames to learn from together"
+        )
+    for key, part in {"data": config.data, **config.data.mixture}.items():
+        name = key if key == "data" else f"data.mixture.{key}"
+        if (segment := config.train.segment) and part.num_frames % min(segment, part.num_frames):
+            raise UserError(
+                f"train.segment={segment} must divide {name}.num_frames={part.num_frames}, or be "
+                "at least as many: change one of them"
+            )
     one_of("train.not_finite", config.train.not_finite, NOT_FINITE)
     profiled = config.train.profile_steps
     if profiled and not (len(profiled) == 2 and 0 < profiled[0] <= profiled[1]):

@@ -134,29 +134,43 @@ def parse_prompt(prompt: str) -> int | None:
 
 
 def tracker_predictor(
-    tracker: video.Tracker, params: Any, resolution: int, prompt: str = "mask"
+    tracker: video.Tracker,
+    params: Any,
+    resolution: int,
+    prompt: str = "mask",
+    note: Callable[[plots.Given], None] | None = None,
 ) -> PredictClip:
     """Runs a tracker over a clip; the host works on a frame while the device tracks the next.
 
     The tracker is given the first frame's masks, the boxes around them, or clicks (see
     `parse_prompt`). The number of objects is padded to one of few sizes (with empty masks, whose
-    output is dropped), so that few programs are compiled.
+    output is dropped), so that few programs are compiled. `note` is told the prompt of a clip
+    before its first frame is predicted.
     """
     clicks = parse_prompt(prompt)
 
-    def start(image: Image, masks: Masks, num_frames: int) -> tuple[Any, Array]:
+    def start(image: Image, masks: Masks, num_frames: int, count: int) -> tuple[Any, Array]:
+        points, labels = np.zeros((count, 0, 2), np.float32), np.zeros((count, 0), np.int32)
         if clicks:
-            return tracker.first_clicks(params, image, masks, num_frames, clicks=clicks)
-        if prompt == "box":
-            return tracker.first_points(params, image, *boxes(masks), num_frames)
-        return tracker.first(params, image, masks, num_frames)
+            state, logits, points, labels = tracker.first_clicks(
+                params, image, masks, num_frames, clicks=clicks
+            )
+        elif prompt == "box":
+            points, labels = boxes(masks)
+            state, logits = tracker.first_points(params, image, points, labels, num_frames)
+        else:
+            state, logits = tracker.first(params, image, masks, num_frames)
+        if note:
+            places = (np.asarray(points)[:count] + 0.5) / resolution
+            note(plots.Given(prompt, places, np.asarray(labels)[:count]))
+        return state, logits
 
     def predict(frames: Iterator[Image], masks: Masks, num_frames: int) -> Iterator[Labels]:
         size = masks.shape[1:]
         pad = np.zeros((_padded(len(masks)) - len(masks), resolution, resolution), bool)
         given = np.concatenate([transforms.resize_masks(masks, resolution), pad])
         resize = functools.partial(_resize_frame, resolution=resolution)
-        state, logits = start(resize(next(frames)), given, num_frames)
+        state, logits = start(resize(next(frames)), given, num_frames, len(masks))
         for frame in frames:
             pending = logits
             state, logits = tracker.next(params, state, resize(frame))

@@ -6,13 +6,14 @@ written to a temporary file that replaces the old one, so that a reader never me
 
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, UInt8, UInt16
+from jaxtyping import Bool, Float, Int, UInt8, UInt16
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,6 +28,15 @@ COLOURS = ((255, 149, 0), (64, 196, 255), (255, 64, 160), (140, 230, 40), (178, 
 WIDEST, NARROWEST = 400, 240  # pixels of one frame on the sheet; between them twice its own
 FILL = 0.3  # opacity of a predicted mask's inside
 DPI = 100
+CLICKS = {1: ("click on the object", (0, 200, 0)), 0: ("click beside it", (230, 0, 0))}  # by label
+
+
+class Given(NamedTuple):
+    """The prompt of a clip's first frame."""
+
+    prompt: str  # mask, box, click1 ...
+    points: Float[np.ndarray, "o p 2"]  # x, y as shares of width and height
+    labels: Int[np.ndarray, "o p"]  # 1 on the object, 0 beside it, 2 and 3 corners, -1 none
 
 
 class View(NamedTuple):
@@ -41,6 +51,7 @@ class View(NamedTuple):
     ids: tuple[int, ...]  # of the objects
     predicted: Labels  # k + 1 where ids[k] is, 0 background
     true: Bool[np.ndarray, "o h w"]
+    given: Given | None = None  # of the first frame, if it is known
 
 
 class Sheet:
@@ -50,6 +61,11 @@ class Sheet:
         """`shown`: numbers of the clips. Not the first to arrive: they are tracked side by side."""
         self._views: dict[int, list[View]] = {}
         self._shown, self._columns = shown, columns
+        self._here = threading.local()  # clips side by side are tracked by a thread each
+
+    def note(self, given: Given) -> None:
+        """The prompt of the clip whose frames this thread watches next."""
+        self._here.given = given
 
     def watch(self, view: View) -> None:
         """Keeps the frame if the sheet shows it."""
@@ -57,6 +73,8 @@ class Sheet:
         if view.clip_index in self._shown and view.place in places:
             # Copies: these are windows on a chunk of frames that would otherwise stay in memory.
             kept = view._replace(image=view.image.copy(), true=view.true.copy())
+            if view.place == 0:
+                kept = kept._replace(given=getattr(self._here, "given", None))
             self._views.setdefault(view.clip_index, []).append(kept)
 
     @property
@@ -90,20 +108,26 @@ def overlay_sheet(
             tile = _tile(view, tile_width, round(tile_height))
             axes.imshow(tile, interpolation="antialiased", aspect="auto")
             axes.set_axis_off()
-            given = " (given)" if view.place == 0 else ""
-            axes.text(0.012, 0.97, f"frame {view.frame}{given}", color="white", size=10, va="top",
+            axes.text(0.012, 0.97, _caption(view), color="white", size=10, va="top",
                       transform=axes.transAxes,
                       bbox={"facecolor": "black", "alpha": 0.55, "pad": 2.5, "lw": 0})  # fmt: skip
         y -= gap
     ids = sorted({x.ids[k - 1] for v in rows.values() for x in v for k in _present(x.predicted)})
-    handles = [
+    handles: list[Any] = [
         Patch(facecolor=(_hex(k), FILL), edgecolor=_hex(k), lw=2, label=f"predicted: object {k}")
         for k in ids
     ]
-    true = Line2D([], [], color="white", lw=2, ls=(0, (3, 2)), label="true outline")
+    handles.append(Line2D([], [], color="white", lw=2, ls=(0, (3, 2)), label="true outline"))
+    labels = {int(n) for v in rows.values() for x in v if x.given for n in x.given.labels.flat}
+    for label in sorted(labels & CLICKS.keys()):
+        name, colour = CLICKS[label]
+        colour = "#{:02x}{:02x}{:02x}".format(*colour)
+        dot = Line2D([], [], color=colour, marker="o", ls="", mec="white", ms=9, label=name)
+        handles.append(dot)
     figure.legend(
-        handles=[*handles, true], loc="lower left", ncols=min(len(ids) + 1, columns * 2),
-        facecolor="0.35", labelcolor="white", fontsize=10, borderaxespad=0.3,
+        handles=handles, loc="lower left", ncols=min(len(handles), columns * 2),
+        facecolor="0.35", labelcolor="white", fontsize=9, borderaxespad=0.3,
+        columnspacing=1.0, handletextpad=0.5,
     )  # fmt: skip
     _save(figure, path)
 
@@ -158,13 +182,38 @@ def _tile(view: View, width: int, height: int) -> Image:
     image = cv2.resize(view.image, size, interpolation=cv2.INTER_CUBIC)
     for k in _present(view.predicted):
         paint(image, enlarge(view.predicted == k, size), colour_of(view.ids[k - 1]), 5)
+    whole = view.given is not None and view.given.prompt == "mask"
     for mask in view.true:
         for outline in _outlines(enlarge(mask, size)):
             # Dashes of 14 points, gaps of 10; points of a contour are one pixel apart.
             dashes = [outline[i : i + 14] for i in range(0, len(outline), 24)]
-            cv2.polylines(image, dashes, False, (0, 0, 0), 5, cv2.LINE_AA)
-            cv2.polylines(image, dashes, False, (255, 255, 255), 3, cv2.LINE_AA)
+            lines = [outline] if whole else dashes
+            cv2.polylines(image, lines, whole, (0, 0, 0), 5, cv2.LINE_AA)
+            cv2.polylines(image, lines, whole, (255, 255, 255), 3, cv2.LINE_AA)
+    if view.given:
+        _draw_points(image, view.given, view.ids)
     return image
+
+
+def _draw_points(image: Image, given: Given, ids: Sequence[int]) -> None:
+    """Clicks as dots, boxes as rectangles in the colour of their object, in place."""
+    places = np.round(given.points * image.shape[1::-1]).astype(int)
+    for k, points, labels in zip(ids, places, given.labels, strict=True):
+        if list(labels[:2]) == [2, 3]:
+            corners = tuple(map(int, points[0])), tuple(map(int, points[1]))
+            cv2.rectangle(image, *corners, (255, 255, 255), 9)
+            cv2.rectangle(image, *corners, colour_of(k), 5)
+        for point, label in zip(points, labels, strict=True):
+            if int(label) in CLICKS:
+                centre = int(point[0]), int(point[1])
+                cv2.circle(image, centre, 13, (255, 255, 255), -1, cv2.LINE_AA)
+                cv2.circle(image, centre, 10, CLICKS[int(label)][1], -1, cv2.LINE_AA)
+
+
+def _caption(view: View) -> str:
+    if view.place:
+        return f"frame {view.frame}"
+    return f"frame {view.frame} (given{f': {view.given.prompt}' if view.given else ''})"
 
 
 def enlarge(mask: Bool[np.ndarray, "h w"], size: tuple[int, int]) -> Bool[np.ndarray, "h2 w2"]:

@@ -12,6 +12,7 @@ from sam2_jax import base as bases
 from sam2_jax import (
     checkpoint,
     initial,
+    memory_estimate,
     optim,
     recipe,
     resume,
@@ -38,6 +39,8 @@ class Run(NamedTuple):
     parts: list[pipeline.Part]  # what is trained on
     eval_sets: list[validation.EvalSet]
     latest: int | None  # step to go on from
+    memory: str = ""  # what a device is to hold, estimated
+    warning: str = ""  # where that may be too much
 
 
 def workdir_of(text: str) -> pathlib.Path:
@@ -69,6 +72,9 @@ def prepare(config: Any, workdir: pathlib.Path) -> Run:
         )
     model = recipe.make_config_model(config, mesh)
     optimizer, state, shapes = recipe.make_config_state(config, model)
+    memory = memory_estimate.estimate(config, model, state, mesh)
+    limit = memory_estimate.device_limit(jax.local_devices())
+    warning = memory_estimate.check(memory, limit)
     parts = catalogue.make_parts(config)
     eval_sets = validation.make_eval_sets(config)
     latest = checkpoint.latest_step(workdir)
@@ -85,6 +91,8 @@ def prepare(config: Any, workdir: pathlib.Path) -> Run:
         parts,
         eval_sets,
         latest,
+        memory_estimate.describe(memory),
+        warning,
     )
 
 

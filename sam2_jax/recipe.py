@@ -7,16 +7,17 @@ import jax
 from jax.sharding import Mesh
 
 from sam2_jax import lora, losses, optim, partition, prompts, rules
+from sam2_jax.encode import Shared
 from sam2_jax.model.classes import module_classes
 from sam2_jax.model.kernels import described, make_kernel
 from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
+from sam2_jax.objective import make_loss
 from sam2_jax.train import (
     Params,
     RandomKey,
     State,
     TrainStep,
     init_state,
-    make_loss,
     make_train_step,
 )
 from sam2_jax.types import PromptPlan, UserError
@@ -111,7 +112,16 @@ def make_config_step(config: Any, model: Any, optimizer: optim.Optimizer, mesh: 
     max_cond = max(settings.max_cond_frames, settings.max_corrected_frames)
     return make_train_step(
         optimizer,
-        loss_fn=make_loss(model, weights, config.train.remat, max_cond, points),
+        loss_fn=make_loss(
+            model,
+            weights,
+            config.train.remat,
+            max_cond,
+            points,
+            config.train.segment,
+            config.train.truncate,
+            Shared("model", shared) if (shared := mesh.shape["model"]) > 1 else None,
+        ),
         sample_plan=sample_plan,
         mesh=mesh,
         precision=config.train.precision,

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sam2_jax.types import UserError
+from sam2_jax.types import Batch, UserError
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")  # over which videos are dealt out
@@ -119,9 +120,23 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     )
 
 
-def manual_axes(mesh: Mesh) -> set[str]:
-    """Axes that a step's `jax.shard_map` lays out itself: all, but for `model` where it is used."""
-    return set(AXES if mesh.shape["model"] == 1 else BATCH_AXES)
+def shares() -> Batch:
+    """Specs of a device's share of a batch: its videos, and of these its objects' masks.
+
+    The devices along `model` have the same images.
+    """
+    return Batch(
+        BATCH, PartitionSpec(BATCH_AXES, None, "model"), PartitionSpec(BATCH_AXES, "model")
+    )
+
+
+def pad_objects(batch: Batch, mesh: Mesh) -> Batch:
+    """As many objects as the devices along `model` can share out evenly, more by empty ones."""
+    more = -batch.valid.shape[1] % mesh.shape["model"]
+    if not more:
+        return batch
+    masks = jnp.pad(batch.masks, [(0, more if axis == 2 else 0) for axis in range(5)])
+    return batch._replace(masks=masks, valid=jnp.pad(batch.valid, [(0, 0), (0, more)]))
 
 
 def gather(tree: Any, specs: Any) -> Any:
@@ -144,16 +159,15 @@ def sum_and_scatter(tree: Any, specs: Any) -> Any:
     """Sums each device's own gradients over all of them, and leaves each the shard it updates.
 
     Inside `jax.shard_map`, as `gather`: a reduce-scatter over `fsdp`, then the shard is summed over
-    `data`; what is not sharded is summed over both.
+    the other axes; what is not sharded is summed over all.
     """
 
     def one(x: Any, spec: PartitionSpec) -> Any:
         if "fsdp" not in spec:
-            return jax.lax.psum(x, BATCH_AXES)
+            return jax.lax.psum(x, AXES)
         axis = spec.index("fsdp")
-        return jax.lax.psum(
-            jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True), "data"
-        )
+        shard = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(shard, ("data", "model"))
 
     return jax.tree.map(one, tree, specs)
 

@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from sam2_jax import base as bases
-from sam2_jax import checkpoint, lora, optim, partition, train
+from sam2_jax import checkpoint, initial, lora, optim, partition, train
 
 
 def save(
@@ -37,14 +37,16 @@ def restore(
     like: train.State,
     optimizer: optim.Optimizer,
     frozen: train.Params | None = None,
+    changes: str = "optim.*",
 ) -> tuple[train.State, dict[str, Any]]:
     """(state, position in the data) of checkpoint `step`, laid out as `like` says.
 
     `frozen` are the parameters that a LoRA run's checkpoints leave out. A moving average that the
-    checkpoint lacks begins as a copy. Raises `UserError` where arrays differ.
+    checkpoint lacks begins as a copy. Raises `UserError` where arrays differ; `changes` says which
+    settings may be why.
     """
     wanted = like.params if frozen is None else train.split_params(like.params, optimizer)[0]
-    params, rest, data = checkpoint.restore(workdir, step, wanted, rest_of(like))
+    params, rest, data = checkpoint.restore(workdir, step, wanted, rest_of(like), changes)
     params = partition.join(frozen or {}, params)
     ema = None
     if like.ema is not None:
@@ -57,8 +59,8 @@ def restore(
 def load_base(config: Any, like: train.Params) -> tuple[train.Params, bases.Base]:
     """The weights of `checkpoint.init_from` that LoRA adapts, and what is to be known of them."""
     like, _ = partition.split(like, lambda path: not lora.is_lora(path))
-    found = checkpoint.check_init(config.checkpoint.init_from, like).resolve()
-    params = checkpoint.load_init(found, like)
+    found = initial.check_init(config.checkpoint.init_from, like).resolve()
+    params = initial.load_init(found, like)
     return params, bases.Base(str(found), bases.fingerprint(params), config.lora.rules)
 
 

@@ -5,10 +5,11 @@ Source: SAM 2 (arXiv 2408.00714), facebookresearch/sam2@2b90b9f training/model/s
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray, UInt8
 
 from sam2_jax import memory
 from sam2_jax.decode import (
@@ -21,10 +22,11 @@ from sam2_jax.decode import (
     first_prompt,
     predict,
 )
-from sam2_jax.model.sam2 import Sam2, normalise
+from sam2_jax.encode import STRIDE, Shared, compute_dtype, encode_frames
+from sam2_jax.model.sam2 import Sam2
 from sam2_jax.prompts import BoxSampler, PointSampler, noisy_box, uniform_click
 from sam2_jax.resize import resize
-from sam2_jax.types import Array, Bank, Batch, Features, FrameOut, PromptPlan
+from sam2_jax.types import Array, Bank, Batch, FrameOut, PromptPlan
 
 GIVEN = 10.0  # logits of a mask that was given: +-10
 CERTAIN = 200.0  # a logit whose sigmoid is 0 or 1 in float32
@@ -44,6 +46,7 @@ def track(
     remat: str = "none",
     points: bool = True,
     last_memory: bool = False,
+    shared_by: Shared | None = None,
 ) -> FrameOut:
     """Segment every object on every frame of a batch of clips, prompted as the plan says.
 
@@ -57,14 +60,36 @@ def track(
         the image encoder, one frame at a time.
       points: False where the plan never gives points; their programs are then left out.
       last_memory: also make the memory of the frame visited last, which no other will read.
+      shared_by: inside `jax.shard_map`, the devices that share these videos. All have the images,
+        each the masks of its own objects, and returns those objects' outputs.
 
     Returns outputs with a leading axis of frames, in frame order.
     """
-    b, t = batch.images.shape[:2]
-    tracking = Tracking(
+    tracking = make_tracking(
+        model, params, batch, plan, deterministic=deterministic, click=click, box=box, points=points
+    )
+    key, visits, bank = begin(tracking, batch, plan, key, max_cond, last_memory, shared_by)
+    images = batch.images.swapaxes(0, 1)[plan.order]
+    _, outs = follow(tracking, bank, images, visits, key, remat, shared_by)
+    return jax.tree.map(lambda x: x[jnp.argsort(plan.order)], outs)
+
+
+def make_tracking(
+    model: Sam2,
+    params: dict,
+    batch: Batch,
+    plan: PromptPlan,
+    *,
+    deterministic: bool = False,
+    click: PointSampler = uniform_click,
+    box: BoxSampler = noisy_box,
+    points: bool = True,
+) -> Tracking:
+    """What stays the same over all visits of a training clip; arguments as of `track`."""
+    return Tracking(
         model,
         params,
-        num_frames=t,
+        num_frames=batch.images.shape[1],
         corrections=plan.from_truth.shape[1],
         deterministic=deterministic,
         click=click,
@@ -72,11 +97,29 @@ def track(
         exact=True,
         points=points,
     )
+
+
+def begin(
+    tracking: Tracking,
+    batch: Batch,
+    plan: PromptPlan,
+    key: PRNGKeyArray,
+    max_cond: int,
+    last_memory: bool = False,
+    shared_by: Shared | None = None,
+) -> tuple[tuple[PRNGKeyArray, PRNGKeyArray], Visit, Bank]:
+    """(keys of visits and of images, what is asked of each visit, in order, an empty bank).
+
+    The visits have no features yet: `follow` makes them.
+    """
     key, encoder_key = jax.random.split(key)
-    features = encode_frames(tracking, batch.images, encoder_key, one_by_one=remat == "full")
+    if shared_by:  # other objects, other draws
+        key = jax.random.fold_in(key, jax.lax.axis_index(shared_by.axis))
+    t = tracking.num_frames
+    nothing_yet: Any = ()
     by_frame = Visit(
         frame=jnp.arange(t, dtype=jnp.int32),
-        features=features,
+        features=nothing_yet,
         truth=batch.masks.swapaxes(0, 1),
         from_mask=plan.is_cond & ~plan.use_points,
         is_cond=plan.is_cond,
@@ -85,14 +128,32 @@ def track(
         from_truth=plan.from_truth,
         remembered=jnp.full(t, last_memory) | (jnp.arange(t) != plan.order[-1]),
     )
-    visits = jax.tree.map(lambda x: x[plan.order], by_frame)
-    bank = empty_bank(tracking, features.top.shape[1:], batch.masks.shape[2], max_cond)
+    b, side = len(batch.images), batch.images.shape[2] // STRIDE
+    top_shape = (b, side, side, tracking.model.variant.hidden_dim)
+    bank = empty_bank(tracking, top_shape, batch.masks.shape[2], max_cond)
+    return (key, encoder_key), jax.tree.map(lambda x: x[plan.order], by_frame), bank
+
+
+def follow(
+    tracking: Tracking,
+    bank: Bank,
+    images: UInt8[Array, "t b h w 3"],
+    visits: Visit,
+    keys: tuple[PRNGKeyArray, PRNGKeyArray],
+    remat: str = "none",
+    shared_by: Shared | None = None,
+) -> tuple[Bank, FrameOut]:
+    """Visit frames, all of a clip or a part of it; `images` and outputs are in that order."""
+    key, encoder_key = keys
+    features = encode_frames(
+        tracking, images, visits.frame, encoder_key, remat == "full", shared_by
+    )
 
     def body(bank, visit):
         return visit_frame(tracking, bank, visit, jax.random.fold_in(key, visit.frame))
 
-    _, outs = jax.lax.scan(body if remat == "none" else jax.checkpoint(body), bank, visits)
-    return jax.tree.map(lambda x: x[jnp.argsort(plan.order)], outs)
+    body = body if remat == "none" else jax.checkpoint(body)
+    return jax.lax.scan(body, bank, visits._replace(features=features))
 
 
 def visit_frame(
@@ -110,32 +171,6 @@ def visit_frame(
     out = finish(tracking, visit, first, last, prompt, later)
     is_cond = visit.is_cond | visit.is_corrected
     return memory.write(bank, visit.frame, is_cond, out.memory, out.pointer), out
-
-
-def encode_frames(
-    tracking: Tracking, images: Array, key: PRNGKeyArray, one_by_one: bool = False
-) -> Features:
-    """Features of all frames, leading axes (t, b).
-
-    `one_by_one`: nothing is kept for the backward pass, which encodes each frame again when it
-    comes to it: the insides of one frame at a time are in memory, not those of all.
-    """
-
-    def encode(images: Array, key: PRNGKeyArray) -> Features:
-        pixels = normalise(images, compute_dtype(tracking.params))
-        rngs = {"dropout": key}
-        return tracking.call("encode_image", pixels, tracking.deterministic, rngs=rngs)
-
-    frames = images.swapaxes(0, 1)
-    keys = jax.random.split(key, len(frames))
-    if one_by_one:
-        return jax.lax.map(lambda item: jax.checkpoint(encode)(*item), (frames, keys))
-    return jax.vmap(encode)(frames, keys)
-
-
-def compute_dtype(params: dict):
-    """The dtype of kernels, in which products are computed and memories kept."""
-    return params["mask_downsample"]["kernel"].dtype
 
 
 def empty_bank(tracking: Tracking, top_shape: tuple[int, ...], objects: int, max_cond: int) -> Bank:

@@ -1,7 +1,7 @@
 """One training step, as a pure function, and how it is laid over the mesh.
 
 `make_train_step` knows neither model nor config: what it differentiates, draws and updates is
-passed in, and `make_loss` and friends build those from a model.
+passed in (objective.py, prompts.py, optim.py).
 """
 
 import functools
@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Int, Key, PRNGKeyArray
 
-from sam2_jax import lora, losses, optim, partition, rules, sharding, track
+from sam2_jax import lora, optim, partition, rules, sharding
 from sam2_jax.types import Array, Batch, PromptPlan
 from sam2_jax.updates import UpdateState
 
@@ -154,20 +154,27 @@ def make_train_step(
 
             metrics, grads = sum_of_parts(one_part, batch, keys, accumulate)
             # One sum over all devices, after all loops: XLA would put one into every turn of each
-            metrics = jax.lax.psum(metrics, sharding.BATCH_AXES)
+            metrics = jax.lax.psum(metrics, sharding.AXES)
             return metrics, sharding.sum_and_scatter(compute_copy(grads, reduced), layouts[0])
 
         on_devices = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(*layouts, videos, videos, sharding.EVERYWHERE, sharding.EVERYWHERE),
+            in_specs=(
+                *layouts,
+                sharding.shares(),
+                videos,
+                sharding.EVERYWHERE,
+                sharding.EVERYWHERE,
+            ),
             out_specs=(sharding.EVERYWHERE, layouts[0]),
-            axis_names=sharding.manual_axes(mesh),
             check_vma=False,  # the loops begin with constants, which it takes for something else
         )
         # A key for each video: its draws are the same on whatever mesh and in whatever part
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(batch.valid)))
-        metrics, grads = on_devices(learnt, constant, batch, keys, plan, batch.valid.sum())
+        objects = batch.valid.sum()
+        batch = sharding.pad_objects(batch, mesh)
+        metrics, grads = on_devices(learnt, constant, batch, keys, plan, objects)
         return metrics, pull(wide(grads))[0]
 
     def train_step(state: State, batch: Batch, run_key: RandomKey) -> tuple[State, Metrics]:
@@ -264,31 +271,3 @@ def jit_step(step: TrainStep, shapes: State, mesh: Mesh) -> TrainStep:
         out_shardings=(state, everywhere),
         donate_argnums=0,
     )
-
-
-def make_loss(
-    model: Any, weights: losses.LossWeights, remat: str, max_cond: int, points: bool
-) -> LossFn:
-    """Loss of tracking a batch through a plan with all that training has of randomness.
-
-    `points`: whether plans with clicks and boxes are ever drawn; images get no others.
-    """
-
-    def loss_fn(
-        params: Params, batch: Batch, plan: PromptPlan, key: RandomKey, objects: Array
-    ) -> tuple[Array, Metrics]:
-        num_frames = batch.images.shape[1]
-        out = track.track(
-            model,
-            params,
-            batch,
-            plan,
-            key,
-            max_cond=min(max_cond, num_frames),
-            remat=remat,
-            points=points or num_frames == 1,
-        )
-        masks = jnp.moveaxis(jnp.asarray(batch.masks), 1, 0)
-        return losses.total(out, masks, batch.valid, weights, objects)
-
-    return loss_fn

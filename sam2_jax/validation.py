@@ -90,11 +90,14 @@ def validate(
     copies = _copies(params)
     for chosen in sets:
         for number, prompt in enumerate(config.eval.prompts):
+            sheet = plots.Sheet(_share(config, chosen)[:SHOWN])
             predictors = [
-                evaluate.tracker_predictor(_tracker(model), copy, config.model.resolution, prompt)
+                evaluate.tracker_predictor(
+                    _tracker(model), copy, config.model.resolution, prompt, sheet.note
+                )
                 for copy in copies
             ]
-            results, sheet = _evaluate(config, predictors, chosen, prompt)
+            results = _evaluate(config, predictors, chosen, prompt, sheet)
             scores = {"J&F": results.jf, "J": results.j, "F": results.f}
             row |= {row_name(chosen.name, prompt, key): value for key, value in scores.items()}
             if jax.process_index():
@@ -108,18 +111,23 @@ def validate(
     return row
 
 
+def _share(config: Any, chosen: EvalSet) -> range:
+    """This process's clips of a set."""
+    count = min(len(chosen.source), config.eval.max_clips or len(chosen.source))
+    return range(count)[jax.process_index() :: jax.process_count()]
+
+
 def _evaluate(
     config: Any,
     predictors: list[evaluate.PredictClip],
     chosen: EvalSet,
     prompt: str,
-) -> tuple[metrics.Results, plots.Sheet]:
+    sheet: plots.Sheet,
+) -> metrics.Results:
     """This process's share of a set, and what the others found in theirs."""
-    source, limit = chosen.source, config.eval.max_clips
-    count = min(len(source), limit or len(source))
-    clips = range(count)[jax.process_index() :: jax.process_count()]
+    source, clips = chosen.source, _share(config, chosen)
+    count = min(len(source), config.eval.max_clips or len(source))
     leads = jax.process_index() == 0
-    sheet = plots.Sheet(clips[:SHOWN])
     found = evaluate.score_clips(
         predictors,
         source,
@@ -131,7 +139,7 @@ def _evaluate(
     )
     order = {source.video(i).name: i for i in range(count)}
     rows = sorted(_gather(found), key=lambda row: order[row.clip])
-    return evaluate.collect(rows, count), sheet
+    return evaluate.collect(rows, count)
 
 
 def _gather(found: list[metrics.ObjectScores]) -> list[metrics.ObjectScores]:
@@ -172,4 +180,5 @@ def _copies(params: Any) -> list[Any]:
 @functools.lru_cache(maxsize=4)
 def _tracker(model: Any) -> video.Tracker:
     """One tracker per model, so that a later evaluation finds its programs compiled."""
-    return video.make_tracker(model)
+    # A clip is tracked by one device alone, whatever the model is trained on
+    return video.make_tracker(model.clone(kernel=model.kernel._replace(mesh=None)))

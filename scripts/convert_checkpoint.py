@@ -27,14 +27,14 @@ from typing import NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from sam2_jax import checkpoint, convert, weights
+from sam2_jax import convert, initial, resume, weights
 from sam2_jax.config import Parser, fail
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.model.variants import VARIANTS
 from sam2_jax.types import UserError, listed
 
 RESOLUTION = 1024  # that of the released weights
-OURS = {"params", checkpoint.CONFIG}  # what a folder written here holds
+OURS = {"params", resume.CONFIG}  # what a folder written here holds
 
 
 class Source(NamedTuple):
@@ -57,23 +57,23 @@ def read(
     Raises `UserError` for what is no whole model, for another variant than `expected` (if given),
     and for an impossible resolution.
     """
-    found = checkpoint.find_params(path, key="--src")
-    variant, version = checkpoint.identify(found, base)
+    found = initial.find_params(path, key="--src")
+    variant, version = initial.identify(found, base)
     if expected not in ("", variant):
         raise UserError(f"--variant={expected}: {found} is {variant} {version}; leave the flag out")
     if resolution is None:
         resolution = own_resolution(found)
     model = make_sam2(variant, resolution, version)
     like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    params = jax.device_get(checkpoint.load_init(found, like, ema, base))
+    params = jax.device_get(initial.load_init(found, like, ema, base))
     about = {"variant": variant, "version": version, "resolution": resolution}
     return Source(found, about, params)
 
 
 def own_resolution(found: pathlib.Path) -> int:
     """The resolution that a run's config.json has; that of the released weights without one."""
-    beside = None if found.is_file() else checkpoint.config_beside(found)
-    model = (checkpoint.read_config(beside) or {}).get("model") if beside else None
+    beside = None if found.is_file() else initial.config_beside(found)
+    model = (resume.read_config(beside) or {}).get("model") if beside else None
     return model.get("resolution", RESOLUTION) if isinstance(model, dict) else RESOLUTION
 
 
@@ -108,7 +108,7 @@ def write_folder(path: pathlib.Path, source: Source) -> None:
             new, old = pathlib.Path(scratch, "new"), pathlib.Path(scratch, "old")
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(new / "params", source.params)
-            checkpoint.write_config(new, json.dumps({"model": source.model}, indent=2) + "\n")
+            resume.write_config(new, json.dumps({"model": source.model}, indent=2) + "\n")
             if path.exists():
                 os.replace(path, old)
             try:

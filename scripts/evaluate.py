@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from sam2_jax import checkpoint, evaluate, metrics, plots
+from sam2_jax import evaluate, initial, metrics, plots, resume
 from sam2_jax.config import Parser, fail
 from sam2_jax.data.folders import EVAL, FolderSource, open_folder
 from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
@@ -38,40 +38,40 @@ def load(
     """The model that a checkpoint belongs to, and its parameters (float32).
 
     `resolution` is for files of weights only, which fit every one; `ema` and `base` as in
-    `checkpoint.load_init`.
+    `initial.load_init`.
     """
-    found = checkpoint.find_params(path, key="--checkpoint")
+    found = initial.find_params(path, key="--checkpoint")
     model = model_of_file(found, resolution) if found.is_file() else model_of_run(path, found)
     if resolution is not None and not found.is_file():
         raise UserError(
             f"--resolution={resolution} is for files of weights: --checkpoint={path} is of "
-            f"{model.resolution} pixels, as its {checkpoint.CONFIG} says; leave the flag out"
+            f"{model.resolution} pixels, as its {resume.CONFIG} says; leave the flag out"
         )
     like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return model, checkpoint.load_init(found, like, ema, base)
+    return model, initial.load_init(found, like, ema, base)
 
 
 def model_of_file(found: pathlib.Path, resolution: int | None) -> Sam2:
     """The model of a file of weights, by its tensors."""
-    variant, version = checkpoint.identify(found)
+    variant, version = initial.identify(found)
     return make_sam2(variant, RESOLUTION if resolution is None else resolution, version)
 
 
 def model_of_run(path: pathlib.Path, found: pathlib.Path) -> Sam2:
     """The model of a folder, by the config.json above it; `path` is what the user gave."""
-    where = checkpoint.config_beside(found)
+    where = initial.config_beside(found)
     if where is None:
         raise UserError(
-            f"--checkpoint={path}: no {checkpoint.CONFIG} beside or above it says which model it "
+            f"--checkpoint={path}: no {resume.CONFIG} beside or above it says which model it "
             "is; give a workdir of scripts/train.py, or one of its checkpoints/N"
         )
-    config = checkpoint.read_config(where)
+    config = resume.read_config(where)
     try:
         m = (config or {})["model"]
         return make_sam2(m["variant"], m["resolution"], version=m["version"])
     except (TypeError, KeyError) as e:
         raise UserError(
-            f"{where / checkpoint.CONFIG} describes no model ({e!r}): expected model.variant, "
+            f"{where / resume.CONFIG} describes no model ({e!r}): expected model.variant, "
             "model.resolution and model.version, as scripts/train.py writes them"
         ) from e
 

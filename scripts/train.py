@@ -5,8 +5,19 @@
   python scripts/train.py --config=configs/davis.py:nano --config.train.steps=500
 
 VARIANT after the colon: nano (for a CPU), tiny, small, base_plus or large. Any key of
-configs/default.py can be set as --config.a.b=value. The workdir gets config.json, metrics.jsonl,
-overlay.png, loss.png, tensorboard/ and checkpoints/.
+configs/default.py can be set as --config.a.b=value. The workdir, a folder of a disk or a network
+file system, gets
+
+  config.json                     the settings; what has changed is shown when a run goes on
+  metrics.jsonl, tensorboard/     every logged number, pictures, a trace (train.profile_steps)
+  overlay.png, overlay-SET.png    predicted and true outlines, and the prompts, of each evaluation
+  loss.png                        curves
+  checkpoints/N/                  of step N; best.json says which evaluation was best
+  worst.json                      clips with the highest losses
+  bad/N/report.json               of a step that was not finite, for --replay
+
+SIGTERM and Ctrl-C save, and end with exit status 75: the same command goes on. What the user can
+mend is one line 'error: ...' and exit status 2.
 """
 
 import pathlib
@@ -24,6 +35,7 @@ from ml_collections import config_flags
 from sam2_jax import (
     checkpoint,
     cluster,
+    eval_loss,
     loop,
     lora,
     optim,
@@ -32,6 +44,7 @@ from sam2_jax import (
     recipe,
     replay,
     reports,
+    resume,
     snapshot,
     stopping,
     train,
@@ -52,14 +65,15 @@ _REPLAY = flags.DEFINE_string(
 _PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 CACHE = pathlib.Path.home() / ".cache" / "sam2_jax"
 LEFT = (
-    ("overlay.png", "predicted and true outlines on evaluation clips"),
+    ("overlay*.png", "predicted and true outlines on evaluation clips, and the prompts"),
     ("loss.png", "curves"),
     ("metrics.jsonl", "every logged number"),
-    ("best.json", "the best evaluation"),
+    ("best.json", "step and value of the best evaluation"),
     ("worst.json", "clips with the highest losses"),
+    ("config.json", "the settings"),
     ("checkpoints", "to evaluate, convert, or go on from"),
-    ("tensorboard", "the same numbers, for tensorboard --logdir"),
-)
+    ("tensorboard", "the same numbers, pictures and traces, for tensorboard --logdir"),
+)  # globs, and what they are
 WEIGHTS = "https://github.com/facebookresearch/sam2#model-description"
 
 
@@ -87,7 +101,7 @@ def prepare(config: Any) -> preparing.Run:
     if not workdir:
         path = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = config_lib.default_workdir(path, config)
-    return preparing.prepare(config, pathlib.Path(workdir))
+    return preparing.prepare(config, preparing.workdir_of(workdir))
 
 
 def introduce(config: Any, run: preparing.Run, origin: str) -> None:
@@ -97,9 +111,12 @@ def introduce(config: Any, run: preparing.Run, origin: str) -> None:
     say(f"{run.workdir}: {config.model.variant} {config.model.version}")
     axes = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     precision = f"{config.train.precision}, recomputing: {config.train.remat}"
-    average = []
+    evaluated = []
+    if config.eval.loss_clips:
+        evaluated = [("evaluation loss", f"on up to {config.eval.loss_clips} clips of each set")]
     if config.train.ema_decay:
-        average = [("evaluation of", f"the moving average, decay {config.train.ema_decay:g}")]
+        average = f"the moving average, decay {config.train.ema_decay:g}"
+        evaluated.append(("evaluation of", average))
     table(
         [
             ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind} ({axes})"),
@@ -113,7 +130,7 @@ def introduce(config: Any, run: preparing.Run, origin: str) -> None:
             ),
             *pipeline.describe(run.parts, config.data.draw),
             *validation.describe(run.eval_sets, config.eval.prompts),
-            *average,
+            *evaluated,
         ]
     )
 
@@ -147,9 +164,11 @@ def main(config: Any) -> int | None:
 
 def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
     """`main` with the loader's iterator open."""
+    loss_of = eval_loss.make_eval_loss(config, run.model, run.eval_sets, run.mesh)
     if run.latest is not None:
-        for change in checkpoint.changed_keys(run.workdir, config_lib.flat_keys(config)):
-            say(f"note: changed since the last start: {change}")
+        changed = resume.changed_keys(run.workdir, config_lib.flat_keys(config))
+        for key, change in changed.items():
+            say(f"note: changed since the last start: {key}: {change}")
     elif not config.checkpoint.init_from:
         say(
             f"warning: starting from random weights; official ones are at {WEIGHTS}, to be given "
@@ -161,7 +180,7 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
         say(f"nothing to do: step {run.latest} of {config.train.steps} is done")
         return
     if jax.process_index() == 0:
-        checkpoint.write_config(run.workdir, config_lib.to_json(config))
+        resume.write_config(run.workdir, config_lib.to_json(config))
 
     def draw() -> None:
         if jax.process_index() == 0:
@@ -176,7 +195,9 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
 
         def evaluation(state: train.State, step: int) -> dict[str, float]:
             params = train.best_params(state)
-            return validate(merge(params) if config.lora.rules else params, step)
+            if config.lora.rules:
+                params = merge(params)
+            return validate(params, step) | loss_of(params, step)
 
         evaluate = evaluation
 
@@ -223,9 +244,7 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
 def summarise(workdir: pathlib.Path) -> None:
     """Prints what a finished run leaves, and where."""
     say(f"done: {workdir}")
-    for name, what in LEFT:
-        if (workdir / name).exists():
-            say(f"  {workdir / name}  {what}")
+    table([(str(path), what) for glob, what in LEFT for path in sorted(workdir.glob(glob))])
 
 
 def repeat(config: Any, path: pathlib.Path) -> None:

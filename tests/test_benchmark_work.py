@@ -113,7 +113,7 @@ def test_parts_and_passes_add_up(counted):
 
 
 @NEEDED
-@pytest.mark.parametrize("name", ["mask2", "point12", "box11"])
+@pytest.mark.parametrize("name", ["mask1", "box11"])
 def test_the_references_work_is_that_of_a_real_step(name):
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -123,6 +123,7 @@ def test_the_references_work_is_that_of_a_real_step(name):
 
     frames, objects, side, plan = 2, 2, 64, plans.make(name, 2, 7)
     variant = VARIANTS["nano"]._asdict()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = reference.make_side(variant, side)
     rng = np.random.default_rng(0)

@@ -101,7 +101,6 @@ def test_every_key_is_read():
         ("data.instances.max_area", 0.0, "greater than 0"),
         ("data.weight", -0.5, "at least 0"),
         ("data.weight", 0.5, "data.mixture is empty: take 0"),
-        ("mesh.model", 2, "one video is not split over devices yet: take 1"),
     ],
 )
 def test_values_that_cannot_work_are_named(key, value, words):

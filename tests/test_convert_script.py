@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from sam2_jax import checkpoint, convert, weights
+from sam2_jax import checkpoint, convert, initial, weights
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.types import UserError
 
@@ -89,9 +89,9 @@ def test_any_format_to_any_other(script, source, params, tmp_path, capsys, from_
     names = convert.to_reference(params)
     total = sum(x.size for x in names.values())
     end = f": nano 2.0, {len(names)} tensors, {total:,} parameters -> {output}\n"
-    assert printed == f"{checkpoint.find_params(source(from_))}{end}"
+    assert printed == f"{initial.find_params(source(from_))}{end}"
     like = jax.eval_shape(lambda: params)
-    loaded = checkpoint.load_init(output, like)
+    loaded = initial.load_init(output, like)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     if output.is_dir():
         model = json.loads((output / "config.json").read_text())["model"]
@@ -114,7 +114,7 @@ def test_a_lone_folder_of_parameters(script, workdir, tmp_path):
     (lone / "config.json").write_text('{"model": 3}')
     (lone / "params").symlink_to(workdir / "checkpoints/2/params")
     run(script, lone, tmp_path / "out")
-    assert checkpoint.identify(tmp_path / "out/params") == ("nano", "2.0")
+    assert initial.identify(tmp_path / "out/params") == ("nano", "2.0")
 
 
 def test_what_exists_is_not_overwritten_unasked(script, source, workdir, tmp_path):
@@ -132,7 +132,7 @@ def test_what_exists_is_not_overwritten_unasked(script, source, workdir, tmp_pat
 
 def weights_in(path: pathlib.Path) -> dict[str, np.ndarray]:
     like = jax.eval_shape(lambda: init_params(make_sam2("nano", 64, "2.0"), jax.random.key(0)))
-    return convert.to_reference(jax.device_get(checkpoint.load_init(path, like)))
+    return convert.to_reference(jax.device_get(initial.load_init(path, like)))
 
 
 def test_a_run_is_never_overwritten(script, source, workdir):

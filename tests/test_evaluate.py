@@ -232,12 +232,16 @@ def test_padding_is_not_heard(monkeypatch):
 
 
 def test_prompts_are_given_as_named():
-    given = {}
+    given, told = {}, []
 
     def note(kind):
         def first(params, image, masks, *rest, **options) -> Any:
             given[kind] = (masks, *rest, options)
-            return tracker.first(params, image, squares, rest[-1])
+            found = tracker.first(params, image, squares, rest[-1])
+            if kind != "click":
+                return found
+            points = np.full((len(masks), 3, 2), 15.5, np.float32)
+            return *found, points, np.tile([1, 0, -1], (len(masks), 1))
 
         return first
 
@@ -246,8 +250,11 @@ def test_prompts_are_given_as_named():
     tracker = FakeTracker(lambda t, first, truth: truth)
     kinds = video.Tracker(note("mask"), note("box"), note("click"), tracker.next)
     for prompt in ("mask", "box", "click3"):
-        predict = evaluate.tracker_predictor(kinds, None, RESOLUTION, prompt)
+        predict = evaluate.tracker_predictor(kinds, None, RESOLUTION, prompt, told.append)
         assert evaluate.evaluate(predict, source).jf > 0.9
+    assert [each.prompt for each in told] == ["mask", "box", "click3"]
+    assert told[0].points.shape == (2, 0, 2) and told[2].points[0, 0].tolist() == [0.25, 0.25]
+    assert told[2].labels.tolist() == [[1, 0, -1]] * 2
     np.testing.assert_array_equal(given["mask"][0], squares)
     np.testing.assert_array_equal(given["click"][0], squares)
     assert given["click"][2] == {"clicks": 3}

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 VARIANTS = ("tiny", "small", "base_plus", "large", "nano")
+SIZED = {"mose": ("base_plus,gpu=8", "base_plus,gpu=24", "large,gpu=80")}  # and a few of these
 MIXTURE = "data.mixture"
 
 Flat = dict[str, Any]  # of JSON's types, by dotted key
@@ -53,7 +54,8 @@ def golden(name: str) -> dict[str, Flat]:
     """What the file of a config is to hold."""
     default, tiny = resolved("default", "tiny"), resolved(name, "tiny")
     first = dict(sorted(tiny.items())) if name == "default" else difference(tiny, default)
-    rest = {variant: difference(resolved(name, variant), tiny) for variant in VARIANTS[1:]}
+    others = (*VARIANTS[1:], *SIZED.get(name, ()))
+    rest = {variant: difference(resolved(name, variant), tiny) for variant in others}
     return {"tiny": first} | rest
 
 

@@ -151,7 +151,7 @@ def test_an_average_that_a_checkpoint_lacks_begins_as_a_copy(tmp_path):
 
 @pytest.mark.parametrize("step", [5, 6])
 def test_a_run_asked_to_end_saves_and_goes_on(tmp_path, step):
-    mesh = sharding.make_mesh(1, 1, 4)
+    mesh = sharding.make_mesh(4, 1, 1)
     whole = fit(tmp_path / "whole", mesh)
     with pytest.raises(loop.Stopped) as stopped:
         fit(tmp_path / "cut", mesh, stop_at=step)
@@ -162,7 +162,7 @@ def test_a_run_asked_to_end_saves_and_goes_on(tmp_path, step):
 
 
 def test_rows_and_checkpoints(tmp_path):
-    fit(tmp_path, sharding.make_mesh(1, 1, 4))
+    fit(tmp_path, sharding.make_mesh(4, 1, 1))
     table = rows(tmp_path)
     logged = [r["step"] for r in table if "loss" in r]
     assert logged == [1, 2, 4, 6, 8, 10]  # first, every second, last
@@ -186,7 +186,7 @@ def test_rows_and_checkpoints(tmp_path):
 
 def test_the_best_and_every_so_many_are_kept_too(tmp_path):
     keep = checkpoint.Keep(last=1, every=4, best=1)
-    fit(tmp_path, sharding.make_mesh(1, 1, 4), keep=keep, save_at_eval=True)
+    fit(tmp_path, sharding.make_mesh(4, 1, 1), keep=keep, save_at_eval=True)
     found = {r["step"]: r["eval/J&F"] for r in rows(tmp_path) if "eval/J&F" in r}
     best = max(found, key=lambda step: found[step])
     assert kept(tmp_path) == sorted({4, 8, 10, best})
@@ -194,7 +194,7 @@ def test_the_best_and_every_so_many_are_kept_too(tmp_path):
 
 
 def test_a_step_that_is_not_finite_ends_the_run_and_can_be_repeated(tmp_path):
-    mesh = sharding.make_mesh(1, 1, 4)
+    mesh = sharding.make_mesh(4, 1, 1)
     with pytest.raises(UserError, match=r"step 7 is not finite \(loss_mask.*clip6.*--replay="):
         fit(tmp_path, mesh, bad=(7,))
     assert kept(tmp_path) == [4]
@@ -209,7 +209,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_can_be_repeated(tmp_path):
 
 
 def test_the_step_repeated_is_that_very_step(tmp_path):
-    mesh = sharding.make_mesh(1, 1, 4)
+    mesh = sharding.make_mesh(4, 1, 1)
     fit(tmp_path / "fine", mesh, steps=7)
     with pytest.raises(UserError):
         fit(tmp_path / "bad", mesh, bad=(7,))
@@ -225,7 +225,7 @@ def test_the_step_repeated_is_that_very_step(tmp_path):
 
 
 def test_bad_steps_are_skipped_if_asked_for_up_to_a_number(tmp_path):
-    mesh = sharding.make_mesh(1, 1, 4)
+    mesh = sharding.make_mesh(4, 1, 1)
     fit(tmp_path / "some", mesh, bad=(3, 6, 7), skip=2)
     assert [r["skipped_in_a_row"] for r in rows(tmp_path / "some") if "loss" in r][:4] == [
         0,
@@ -245,12 +245,12 @@ def test_a_report_that_is_none(tmp_path, text):
 
 
 def test_a_trace_of_some_steps(tmp_path):
-    fit(tmp_path, sharding.make_mesh(1, 1, 4), steps=4, profile_steps=(2, 3))
+    fit(tmp_path, sharding.make_mesh(4, 1, 1), steps=4, profile_steps=(2, 3))
     assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))
 
 
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
-    fit(tmp_path, sharding.make_mesh(1, 1, 4), steps=4)
+    fit(tmp_path, sharding.make_mesh(4, 1, 1), steps=4)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -260,7 +260,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(tmp_path, mon
         pytest.raises(UserError, match=r"disk is full\); the last whole one is of step 4"),
         checkpoint.writing(tmp_path),
     ):
-        fit(tmp_path, sharding.make_mesh(1, 1, 4), steps=8)
+        fit(tmp_path, sharding.make_mesh(4, 1, 1), steps=8)
 
 
 def test_two_runs_do_not_share_a_workdir(tmp_path):

@@ -15,10 +15,12 @@ from sam2_jax import base as bases
 from sam2_jax import (
     checkpoint,
     convert,
+    initial,
     lora,
     optim,
     partition,
     recipe,
+    resume,
     rules,
     sharding,
     snapshot,
@@ -219,7 +221,7 @@ def run(params, tmp_path_factory):
     )
     state, losses = tiny_run(c, params, 4, root / "run")
     model = {"variant": "nano", "resolution": 64, "version": "2.1"}
-    checkpoint.write_config(root / "run", json.dumps({"model": model}))
+    resume.write_config(root / "run", json.dumps({"model": model}))
     return c, root / "run", state, losses
 
 
@@ -272,27 +274,27 @@ def test_resume_is_exact_and_needs_the_same_base(run, params, tmp_path):
 def test_loading_merges(run, params, ema):
     c, workdir, state, _ = run
     tree = train.best_params(state) if ema else state.params
-    loaded = checkpoint.load_init(workdir, jax.eval_shape(lambda: params), ema=ema)
+    loaded = initial.load_init(workdir, jax.eval_shape(lambda: params), ema=ema)
     jax.tree.map(
         np.testing.assert_array_equal, loaded, jax.jit(lambda t: lora.merge(t, RULES))(tree)
     )
-    assert checkpoint.identify(checkpoint.find_params(workdir)) == ("nano", "2.1")
+    assert initial.identify(initial.find_params(workdir)) == ("nano", "2.1")
 
 
 def test_a_base_that_moved_is_asked_for(run, params, tmp_path):
     c, workdir, state, _ = run
     like = jax.eval_shape(lambda: params)
     here, there = pathlib.Path(c.checkpoint.init_from), tmp_path / "moved.safetensors"
-    expected = checkpoint.load_init(workdir, like)
+    expected = initial.load_init(workdir, like)
     os.rename(here, there)
     try:
         with pytest.raises(UserError, match=r"--base=.*base\.safetensors does not exist"):
-            checkpoint.load_init(workdir, like)
-        moved = checkpoint.load_init(workdir, like, base=str(there))
+            initial.load_init(workdir, like)
+        moved = initial.load_init(workdir, like, base=str(there))
         jax.tree.map(np.testing.assert_array_equal, moved, expected)
     finally:
         os.rename(there, here)
     with pytest.raises(UserError, match="--base=.* is for runs with lora.rules"):
-        checkpoint.load_init(here, like, base=str(here))
+        initial.load_init(here, like, base=str(here))
     with pytest.raises(UserError, match="has no moving average beside it"):
-        checkpoint.load_init(here, like, ema=True)
+        initial.load_init(here, like, ema=True)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import threading
 
 import cv2
 import numpy as np
@@ -45,6 +46,45 @@ def test_tile_shows_prediction_and_truth_where_they_are():
     np.testing.assert_allclose(inside, mixed, atol=2)
     assert (tile[50 * scale, 95 * scale] == 90).all()
     assert not near(plots._tile(view(predicted=False), 400, 240), plots.COLOURS[0]).any()
+
+
+def test_prompts_are_drawn():
+    points = np.array([[[0.2, 0.4], [0.7, 0.2], [0.0, 0.0]]])
+    clicks = plots.Given("click2", points, np.array([[1, 0, -1]]))
+    tile = plots._tile(view(predicted=False)._replace(given=clicks), 400, 240)
+    for (x, y), label in (((160, 192), 1), ((560, 96), 0)):  # 800 x 480 pixels
+        assert (tile[y, x] == plots.CLICKS[label][1]).all()
+        assert not near(tile, plots.CLICKS[label][1])[: y - 30].any()
+        assert not near(tile, plots.CLICKS[label][1])[:, x + 30 :].any()
+    assert (tile[0, 0] == 90).all()  # label -1: no click
+    box = plots.Given("box", points[:, :2, :], np.array([[2, 3]]))
+    tile = plots._tile(view(predicted=False)._replace(given=box), 400, 240)
+    ys, xs = np.nonzero(near(tile, plots.COLOURS[0]))
+    assert abs(xs.min() - 160) < 5 and abs(xs.max() - 560) < 5 and abs(ys.min() - 96) < 5
+    mask = plots.Given("mask", np.zeros((1, 0, 2)), np.zeros((1, 0), int))
+    dashed = near(plots._tile(view(predicted=False), 400, 240), (255, 255, 255)).sum()
+    whole = plots._tile(view(predicted=False)._replace(given=mask), 400, 240)
+    assert near(whole, (255, 255, 255)).sum() > 1.3 * dashed
+    assert plots._caption(view()._replace(given=clicks)) == "frame 0 (given: click2)"
+    assert plots._caption(view(place=4)) == "frame 4"
+
+
+def test_a_prompt_belongs_to_the_clip_of_its_thread():
+    sheet = plots.Sheet(range(4), columns=2)
+    barrier = threading.Barrier(4)
+
+    def one(n):
+        sheet.note(plots.Given(f"click{n}", np.zeros((1, 1, 2)), np.ones((1, 1), int)))
+        barrier.wait()
+        for t in (0, 8):
+            sheet.watch(view(place=t, clip=str(n))._replace(clip_index=n))
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(4)]
+    for action in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            action(thread)
+    for name, (first, last) in sheet.rows.items():
+        assert first.given and first.given.prompt == f"click{name}" and last.given is None
 
 
 def test_sheet_keeps_evenly_spaced_frames_of_the_first_clips():

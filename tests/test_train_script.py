@@ -111,6 +111,28 @@ def test_weights_are_checked_before_the_run(script, tmp_path, version):
                 script.prepare(config)
 
 
+def test_the_summary_lists_what_is_there(script, tmp_path, capsys):
+    for name in ("overlay.png", "overlay-far.png", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    script.summarise(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        str(tmp_path / name) for name in ("overlay-far.png", "overlay.png", "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_bucket_is_no_workdir(script, tmp_path, monkeypatch, scheme):
+    monkeypatch.chdir(tmp_path)
+    config = config_lib.load_file(str(ROOT / "configs/smoke.py"))
+    with (
+        flagsaver.flagsaver(workdir=f"{scheme}://bucket/run"),
+        pytest.raises(UserError, match=f"--workdir={scheme}://bucket/run is no folder: .*mount"),
+    ):
+        script.prepare(config)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("below", ["", "/run"])
 def test_a_workdir_that_is_a_file_is_one_line(tmp_path, below):
     (tmp_path / "notes.txt").write_text("mine")

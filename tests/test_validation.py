@@ -45,7 +45,7 @@ def test_sets_and_prompts_have_rows_of_their_own(fake, tmp_path, monkeypatch, ca
     monkeypatch.setattr(
         validation.evaluate,
         "tracker_predictor",
-        lambda tracker, params, resolution, prompt: predictors[prompt],
+        lambda tracker, params, resolution, prompt, note: predictors[prompt],
     )
 
     def static(frames, masks, num_frames):

@@ -10,7 +10,7 @@ from jax import lax
 
 from configs import smoke
 from sam2_jax import config as config_lib
-from sam2_jax import partition, prompts, recipe, sharding, train, work
+from sam2_jax import objective, partition, prompts, recipe, sharding, train, work
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.types import Batch
 
@@ -138,7 +138,7 @@ def step_work(plan, frozen=()):
     weights = train.losses.LossWeights()
     step = train.make_train_step(
         optimizer,
-        loss_fn=train.make_loss(model, weights, "none", 1, False),
+        loss_fn=objective.make_loss(model, weights, "none", 1, False),
         sample_plan=lambda key, t: plan,
         mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]),
     )

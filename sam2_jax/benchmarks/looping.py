@@ -38,16 +38,16 @@ def run(get_config: settings.GetConfig, argv: list[str]) -> None:
         config.train.steps = args.steps
     with tempfile.TemporaryDirectory() as workdir:
         spent, whole = measure(config, pathlib.Path(workdir))
-    median = {name: statistics.median(found[SKIPPED:]) for name, found in spent.items()}
-    median["other"] = max(0.0, whole - sum(median.values()))
+    mean = {name: statistics.fmean(found[SKIPPED:]) for name, found in spent.items()}
+    mean["other"] = max(0.0, whole - sum(mean.values()))
     print(
         f"a step of the loop: {args.variant}, {args.resolution} px, {args.frames} frames, "
         f"{args.objects} objects, {args.batch_size} videos, {args.threads} threads"
     )
-    rows = [[name, 1e3 * x, x / whole] for name, x in [*median.items(), ("step", whole)]]
+    rows = [[name, 1e3 * x, x / whole] for name, x in [*mean.items(), ("step", whole)]]
     report.table(("", "ms", "share"), rows)
     figures = {name: x for name, x in vars(args).items() if name != "json"}
-    figures |= {"seconds": whole, "seconds_by_part": median}
+    figures |= {"seconds": whole, "seconds_by_part": mean}
     report.write(args.json, figures)
 
 

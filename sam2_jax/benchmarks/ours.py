@@ -9,7 +9,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from sam2_jax import losses, recipe, sharding, train, work
+from sam2_jax import losses, objective, recipe, sharding, train, work
 from sam2_jax.model.kernels import XLA, Kernel, make_kernel
 from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
 from sam2_jax.types import Array, Batch, PromptPlan
@@ -48,7 +48,7 @@ def make_step(config: Any, side: Side) -> Any:
     settings = config.prompts
     max_cond = max(settings.max_cond_frames, settings.max_corrected_frames)
     weights = losses.LossWeights(**config.loss)
-    loss_fn = train.make_loss(side.model, weights, config.train.remat, max_cond, True)
+    loss_fn = objective.make_loss(side.model, weights, config.train.remat, max_cond, True)
 
     def step(state: Any, batch: Batch, key: Any, plan: PromptPlan) -> tuple[Any, train.Metrics]:
         inner = train.make_train_step(

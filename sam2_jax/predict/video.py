@@ -15,7 +15,7 @@ from sam2_jax import memory
 from sam2_jax.decode import Inference, Prompt, Tracking, Visit
 from sam2_jax.model.sam2 import Sam2
 from sam2_jax.prompts import centre_click, noisy_box
-from sam2_jax.track import empty_bank, encode_frames, visit_frame
+from sam2_jax.track import empty_bank, visit_frame
 from sam2_jax.types import Array, Bank
 
 # As the reference's evaluation runs its predictor; memories in half the space are part of it.
@@ -78,8 +78,9 @@ def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
 
     def visit(params, state: Tracked, image, masks, is_cond, from_mask, prompt=None, clicks=0):
         tracking = make_tracking(params, clicks)
-        key = jax.random.key(0)  # nothing is drawn
-        features = jax.tree.map(lambda x: x[0], encode_frames(tracking, image[None, None], key))
+        key, zero = jax.random.key(0), jnp.zeros((), jnp.int32)  # nothing is drawn
+        encoded = encode_frames(tracking, image[None, None], zero[None], key)
+        features = jax.tree.map(lambda x: x[0], encoded)
         no = jnp.zeros((), bool)
         item = Visit(
             state.frame,

@@ -1,0 +1,151 @@
+"""The fastest setting that fits a machine, searched by compiling; and reports for a person."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from sam2_jax import compiled
+from sam2_jax.compiled import Report
+from sam2_jax.config_checks import REMATS
+from sam2_jax.topology import Target
+from sam2_jax.types import UserError
+
+MOST_PARTS = 4  # of a batch that are tried, one after the other
+
+
+class Setting(NamedTuple):
+    """What is searched over."""
+
+    fsdp: int
+    remat: str
+    accumulate: int
+
+    def flags(self) -> str:
+        """As the command line takes it."""
+        return (
+            f"--config.mesh.data=-1 --config.mesh.fsdp={self.fsdp} "
+            f"--config.train.remat={self.remat} --config.train.accumulate={self.accumulate}"
+        )
+
+
+def settings(config: Any, devices: int) -> Iterator[list[Setting]]:
+    """For each mesh the settings from the fastest to the leanest: recomputation costs most.
+
+    Meshes: parameters and moments whole on every device, and split over all of up to eight.
+    """
+    left = devices // config.mesh.model
+    videos = compiled.heaviest_source(config)[1].batch_size // left
+    parts = [n for n in range(1, MOST_PARTS + 1) if videos % n == 0]
+    for fsdp in sorted({1, next(n for n in (8, 4, 2, 1) if left % n == 0)}):
+        yield [Setting(fsdp, remat, part) for remat in REMATS for part in parts]
+
+
+def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
+    """`settings`: reports of what was tried, the best first; `flags` of the best.
+
+    On every mesh what comes after the first that fits could only be slower, and is not tried.
+
+    Raises:
+        UserError: the memory of the machine is not known, or nothing fits.
+    """
+    if target.usable_bytes is None:
+        raise UserError(f"--suggest: the memory of {target.name} is not known, so anything fits")
+    ladders = list(settings(config, len(target.devices)))
+    most = sum(map(len, ladders))
+    say(f"at most {most} compilations")
+    tried: list[tuple[Setting, Report]] = []
+    for ladder in ladders:
+        for setting in ladder:
+            say(f"compiling {len(tried) + 1} of at most {most}: {setting.flags()}")
+            found = compiled.report(_with(config, setting), target, count_work=False)
+            tried.append((setting, found))
+            say(f"  {words(found)}")
+            if found["fits"]:
+                break
+    tried.sort(key=lambda item: rank(*item))
+    best, report = tried[0]
+    if not report["fits"]:
+        raise UserError(
+            f"nothing fits {target.name}: the leanest that was tried takes "
+            f"{size(report['peak_bytes'])} of {size(target.usable_bytes)} a device; lower "
+            "model.resolution, data.num_frames or data.max_objects"
+        )
+    reports = [{"flags": setting.flags(), **found} for setting, found in tried]
+    return {"flags": best.flags(), "settings": reports}
+
+
+def rank(setting: Setting, found: Report) -> tuple:
+    """Sorts the best first: what fits by estimated seconds, else by the rule.
+
+    The rule, where the compiler estimates no time: least recomputation, then fewest bytes sent,
+    then fewest parts. What does not fit comes last, the leanest first.
+    """
+    sent = sum(row["bytes"] for row in (found["collectives"] or {}).values())
+    rule = (REMATS.index(setting.remat), sent, setting.accumulate)
+    if not found["fits"]:
+        return (1, found["peak_bytes"])
+    return (0, found["estimated_seconds"] or 0.0, rule)
+
+
+def _with(config: Any, setting: Setting) -> Any:
+    copy = config.copy_and_resolve_references().unlock()
+    copy.mesh.data, copy.mesh.fsdp = -1, setting.fsdp
+    copy.train.remat, copy.train.accumulate = setting.remat, setting.accumulate
+    return copy.lock()
+
+
+def size(count: int | float | None) -> str:
+    """Bytes as GiB, or MiB where that is less than one."""
+    if count is None:
+        return "-"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def words(found: Report) -> str:
+    """Memory and time in a line."""
+    fits = {True: "fits", False: "does not fit", None: "memory not known"}[found["fits"]]
+    share = f", {found['peak_bytes'] / found['hbm_bytes']:.0%}" if found["hbm_bytes"] else ""
+    seconds = found["estimated_seconds"]
+    time = f", about {seconds:.3g} s a step" if seconds else ""
+    return f"{size(found['peak_bytes'])}{share}: {fits}{time}"
+
+
+def as_table(found: Report) -> str:
+    """What `search` gives, for a person."""
+    lines = [f"{words(row):48} {row['flags']}" for row in found["settings"]]
+    return "\n".join([*lines, "", f"take {found['flags']}"])
+
+
+def report_table(found: Report) -> str:
+    """What `compiled.report` gives, for a person."""
+    hbm = found["hbm_bytes"]
+
+    def share(count: int | float | None) -> str:
+        return f"{size(count):>12}" + (f"{count / hbm:8.1%}" if count is not None and hbm else "")
+
+    mesh = ", ".join(f"{name} {n}" for name, n in found["mesh"].items())
+    clip = f"{found['frames']} frames, {found['objects']} objects, {found['resolution']} px"
+    keys = ("argument", "output", "alias", "temp", "generated_code", "peak")
+    rows = [
+        ("machine", f"{found['devices']} x {found['device_kind']} ({mesh})"),
+        ("step", f"{found['variant']}, {clip}, {found['batch_size']} videos"),
+        ("attention", found["attention"]),
+        ("precision", f"{found['precision']}, sums {found['reduce_precision']}"),
+        ("recomputing", found["remat"]),
+        ("parts of a batch", str(found["accumulate"])),
+        *((key.replace("_", " "), share(found[f"{key}_bytes"])) for key in keys),
+        ("memory", size(hbm).rjust(12)),
+        ("fits", {True: "yes", False: "no", None: "not known"}[found["fits"]]),
+        *((f"  {name}", share(count)) for name, count in found["state_bytes"].items()),
+        *((f"  {name}", f"{n / 1e12:.2f} TFLOP") for name, n in found["flops_by_plan"].items()),
+        *(
+            (kind, f"{row['count']} times, {size(row['bytes'])}")
+            for kind, row in (found["collectives"] or {}).items()
+        ),
+        ("least to be sent", size(found["least_collective_bytes"])),
+        ("bytes moved", size(found["bytes_accessed"])),
+    ]
+    for name in ("optimal_seconds", "estimated_seconds", "compile_seconds"):
+        value = found[name]
+        rows.append((name.replace("_", " "), "-" if value is None else f"{value:.3g} s"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,179 @@
+"""Hardware that is not there, by name: what to compile a step for, and how much memory it has.
+
+TPUs come from libtpu's own descriptions of slices, GPUs from a description that XLA takes in place
+of a device, CPUs are forced devices of this process.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from sam2_jax.rules import nearest
+from sam2_jax.types import UserError
+
+GPUS_PER_HOST = 8
+MOST_GPUS = 64
+MOST_CPUS = 64
+SLICES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+# Each TPU: bytes that programs may use, as the compiler says when they do not suffice; cycles a
+# second, of which the published operations a second follow; slices that are sold (others, as the
+# compiler has them, are taken too)
+TPUS = {
+    "v5e": (int(15.75 * 2**30), 1.5e9, SLICES),
+    "v5p": (int(95.74 * 2**30), 1.75e9, CUBES),
+    "v6e": (int(31.25 * 2**30), 1.75e9, SLICES),
+}
+# XLA's GpuTargetConfigProto. Common to both GPUs:
+_GPU = (
+    "threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 "
+    "threads_per_core_limit: 2048 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 "
+    "block_dim_limit_z: 65535 registers_per_core_limit: 65536 registers_per_block_limit: 65536 "
+    "thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 "
+)
+# Bytes of memory, name, the rest: NVIDIA's figures for the 80 GB SXM forms
+GPUS = {
+    "h100": (
+        84_942_979_072,
+        "NVIDIA H100 80GB HBM3",
+        "shared_memory_per_core: 233472 core_count: 132 fpus_per_core: 128 "
+        "memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 "
+        "shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 } ",
+    ),
+    "a100": (
+        85_100_068_864,
+        "NVIDIA A100-SXM4-80GB",
+        "shared_memory_per_core: 167936 core_count: 108 fpus_per_core: 64 "
+        "memory_bandwidth: 2039040000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41 "
+        "shared_memory_per_block_optin: 166912 cuda_compute_capability { major: 8 } ",
+    ),
+}
+# What the driver, NCCL and libraries take of a GPU beside XLA's buffers
+GPU_RESERVE = 0.05
+# Without a device XLA cannot try kernels out: products go to cuBLAS, as they mostly do after
+# trials, since its own Triton kernels refuse some shapes that only trials would have shown.
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+class Target(NamedTuple):
+    """A machine to compile for."""
+
+    name: str
+    platform: str  # cpu, cuda, tpu: as lowering knows them
+    devices: Sequence[Any]
+    hbm_bytes: int | None  # of a device; None: not known, as of a CPU
+    usable_bytes: int | None  # of these for programs and their data
+    options: dict[str, Any]  # for the compiler
+    clock: float | None = None  # cycles a second, where the compiler estimates cycles
+
+    @property
+    def kind(self) -> str:
+        return self.devices[0].device_kind
+
+
+def names() -> str:
+    """What `open_target` takes, in words."""
+    slices = "; ".join(f"{name}:{', '.join(found)}" for name, (*_, found) in TPUS.items())
+    gpus = ", ".join(f"{name}:N" for name in GPUS)
+    return (
+        f"{slices}; {gpus} with N of 1 to {GPUS_PER_HOST}, or a multiple of {GPUS_PER_HOST} up to "
+        f"{MOST_GPUS}; cpu:N with N of 1 to {MOST_CPUS}"
+    )
+
+
+def open_target(name: str) -> Target:
+    """The machine that a name such as v5e:4x4, h100:8 or cpu:8 means.
+
+    Raises:
+        UserError: no such machine; or the compiler for it is not installed.
+    """
+    family, _, size = name.partition(":")
+    if family in TPUS:
+        return _tpu(name, family, size)
+    if family in GPUS:
+        return _gpu(name, family, _count(name, size, MOST_GPUS, GPUS_PER_HOST))
+    if family == "cpu":
+        return _cpu(name, _count(name, size, MOST_CPUS))
+    known = [*TPUS, *GPUS, "cpu"]
+    raise UserError(
+        f"--topology={name}: '{family}' is unknown, did you mean '{nearest(family, known)}'? "
+        f"There are {names()}"
+    )
+
+
+def _count(name: str, size: str, most: int, host: int = 0) -> int:
+    count = int(size) if size.isdecimal() else 0
+    if not 1 <= count <= most or (host and count > host and count % host):
+        raise UserError(f"--topology={name}: '{size}' devices there cannot be; there are {names()}")
+    return count
+
+
+def _tpu(name: str, family: str, size: str) -> Target:
+    hbm, clock, slices = TPUS[family]
+    wrong = UserError(
+        f"--topology={name}: there is no slice '{size}' of {family}; there are "
+        f"{', '.join(slices)}, and others of {slices[-1].count('x') + 1} such numbers"
+    )
+    sides = [int(side) for side in size.split("x")] if re.fullmatch(r"\d+(x\d+)+", size) else []
+    if len(sides) != slices[-1].count("x") + 1:
+        raise wrong
+    _needs("libtpu", name, "tpu")
+    # Else libtpu asks Google's metadata server about a TPU here, for minutes
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    # Nor is there a TPU here that only one process may have
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Hosts have four chips; libtpu must be told of a slice that is one chip alone
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sides) == 1 else {}
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
+    except jax.errors.JaxRuntimeError as e:
+        if "INVALID_ARGUMENT" in str(e):
+            raise wrong from e
+        raise UserError(f"--topology={name}: libtpu cannot describe it ({e})") from e
+    return Target(name, "tpu", topology.devices, hbm, hbm, {}, clock)
+
+
+def _gpu(name: str, family: str, count: int) -> Target:
+    _needs("jax_cuda12_plugin", name, "cuda")
+    hbm, description, rest = GPUS[family]
+    config = (
+        f"gpu_device_info {{ {_GPU}{rest}device_memory_size: {hbm} }} "
+        f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} '
+        f'device_description_str: "{description}"'
+    )
+    hosts = max(1, count // GPUS_PER_HOST)
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=family,
+        topology=f"1x{hosts}x{count // hosts}",
+        target_config=config,
+    )
+    usable = int(hbm * (1 - GPU_RESERVE))
+    return Target(name, "cuda", topology.devices, hbm, usable, GPU_OPTIONS)
+
+
+def _cpu(name: str, count: int) -> Target:
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as e:  # the devices of this process exist already
+        if len(jax.devices("cpu")) < count:
+            raise UserError(
+                f"--topology={name}: this process has {len(jax.devices('cpu'))} devices already"
+            ) from e
+    return Target(name, "cpu", jax.devices("cpu")[:count], None, None, {})
+
+
+def _needs(module: str, name: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise UserError(
+            f"--topology={name} needs the compiler for it, which is not installed: "
+            f"pip install 'jax[{'cuda12' if extra == 'cuda' else extra}]', or this package's "
+            f"extra: pip install -e '.[{extra}]'"
+        )

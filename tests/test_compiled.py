@@ -1,0 +1,153 @@
+"""The report of a compiled step: memory, collectives, work; and machines by name."""
+
+import functools
+
+import jax
+import pytest
+
+from configs import mixture, mose
+from sam2_jax import compiled, suggest, topology
+from sam2_jax import config as config_lib
+from sam2_jax.types import UserError
+
+DEVICES = 4  # of the tests; see conftest.py
+
+
+def small_config(frames=2, fsdp=2, **changes):
+    """nano on masks alone, which compiles fastest."""
+    config = mose.get_config("nano")
+    config.model.resolution = 64
+    config.data.num_frames, config.data.max_objects = frames, 1
+    config.data.batch_size = DEVICES
+    config.prompts.prob_points = 0.0
+    config.mesh.fsdp = fsdp
+    config.update_from_flattened_dict(changes)
+    return config_lib.finish(config)
+
+
+@functools.cache
+def small_report(frames):
+    return compiled.report(small_config(frames), topology.open_target(f"cpu:{DEVICES}"))
+
+
+def test_report():
+    found = small_report(2)
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "model": 1}
+    assert (found["devices"], found["frames"], found["objects"]) == (DEVICES, 2, 1)
+    state = sum(found["state_bytes"].values())
+    # A video of two frames: images, masks, validity; step, counts and key are small
+    batch = 2 * 64 * 64 * (3 + 1) + 1
+    assert state + batch <= found["argument_bytes"] <= state + batch + 1000
+    assert found["alias_bytes"] >= 0.99 * state  # donated
+    peak = found["argument_bytes"] + found["output_bytes"] - found["alias_bytes"]
+    assert found["peak_bytes"] == peak + found["temp_bytes"] + found["generated_code_bytes"]
+    assert found["hbm_bytes"] is None and found["fits"] is None
+    assert set(found["flops_by_plan"]) == {"mask1"}
+    assert found["loops_counted_once"] == 0
+    assert "not known" in suggest.report_table(found)
+
+
+def test_parameters_are_gathered_once_whatever_the_frames():
+    few, many = small_report(2), small_report(4)
+    assert few["collectives"] == many["collectives"]
+
+
+def test_no_more_is_sent_than_must_be():
+    """One gather, one reduce-scatter, one sum of the shards; some scalars beside them."""
+    found = small_report(2)
+    sent = sum(row["bytes"] for row in found["collectives"].values())
+    assert found["least_collective_bytes"] * 0.99 <= sent <= 1.2 * found["least_collective_bytes"]
+
+
+def test_state_bytes_fall_with_fsdp():
+    sizes = []
+    for fsdp in (1, 2, 4):
+        config = small_config(fsdp=fsdp)
+        parts = compiled.make_parts(config, jax.devices()[:DEVICES])
+        sizes.append(compiled.sharded_bytes(parts.state, parts.mesh))
+    for name in ("parameters", "optimizer"):
+        whole, half, quarter = (each[name] for each in sizes)
+        assert whole > half > quarter
+        # What is too small to be split stays whole: an eighth of nano
+        assert quarter < 0.4 * whole
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("h10:8", "did you mean 'h100'"),
+        ("h100:12", "a multiple of 8"),
+        ("h100:x", "'x' devices"),
+        ("cpu:0", "'0' devices"),
+        ("v5e:4x4x4", "there is no slice '4x4x4' of v5e"),
+        ("v5p:banana", "2x2x4"),
+    ],
+)
+def test_machines_that_there_are_not(name, words):
+    with pytest.raises(UserError, match="--topology=" + name) as e:
+        topology.open_target(name)
+    assert words in str(e.value)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "tpu"), ("a100:1", "cuda")])
+def test_compilers_that_are_not_installed(monkeypatch, name, extra):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=rf"'\.\[{extra}\]'"):
+        topology.open_target(name)
+
+
+def test_meshes_and_batches_that_do_not_fit():
+    target = topology.open_target(f"cpu:{DEVICES}")
+    with pytest.raises(UserError, match="mesh.fsdp=3"):
+        compiled.make_parts(small_config(fsdp=3), target.devices)
+    with pytest.raises(UserError, match="batch_size=2 must be .* --videos_per_device=1"):
+        compiled.make_parts(small_config(**{"data.batch_size": 2}), target.devices)
+
+
+def test_memory_that_the_compiler_misses():
+    """Its own words for TPUs."""
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (20.50G) exceeds available HBM (15.75G)."
+    )
+    assert compiled._needed_bytes(message) == int(20.5 * 2**30)
+    assert compiled._needed_bytes("INTERNAL: no such kernel") == 0
+
+
+def test_search_ranks_what_fits(monkeypatch):
+    """Memory of every setting is made up: `none` fits nowhere, `frame` with parameters split."""
+
+    def report(config, target, count_work):
+        assert not count_work
+        need = {"none": 100, "frame": 60, "full": 30}[config.train.remat] - 20 * (
+            config.mesh.fsdp > 1
+        )
+        base = {"hbm_bytes": 50, "fits": need <= 50, "estimated_seconds": None}
+        return base | {"peak_bytes": need, "collectives": {}}
+
+    monkeypatch.setattr(compiled, "report", report)
+    target = topology.open_target(f"cpu:{DEVICES}")._replace(hbm_bytes=50, usable_bytes=50)
+    said = []
+    found = suggest.search(small_config(fsdp=1), target, said.append)
+    assert said[0] == "at most 6 compilations"
+    assert "fsdp=4" in found["flags"] and "remat=frame" in found["flags"]
+    # Per mesh: up to the first that fits
+    assert len(found["settings"]) == 3 + 2
+    assert [row["fits"] for row in found["settings"]] == [True, True, False, False, False]
+    with pytest.raises(UserError, match="nothing fits"):
+        suggest.search(small_config(fsdp=1), target._replace(usable_bytes=5), said.append)
+
+
+def test_the_memory_of_a_cpu_is_not_known():
+    with pytest.raises(UserError, match="--suggest"):
+        suggest.search(small_config(), topology.open_target("cpu:2"), print)
+
+
+def test_of_a_mixture_the_heaviest_source_is_reported():
+    config = mixture.get_config("nano")
+    config.model.resolution = 64
+    config = config_lib.finish(config)
+    name, source = compiled.heaviest_source(config)
+    assert name == "sav" and source.num_frames > 1
+    shapes = compiled.batch_shapes(config, 2)
+    assert shapes.masks.shape == (2, source.num_frames, source.max_objects, 64, 64)
