@@ -180,6 +180,9 @@ def run_loop(
         regular = settings.eval_every and step % settings.eval_every == 0
         return bool(hooks.evaluate and (regular or step == settings.steps))
 
+    # The loop hands over what it means to, and nothing goes to or fro unseen
+    run_key = jax.device_put(run_key, sharding.replicated(mesh))
+    compiled: set[tuple[int, ...]] = set()  # shapes of batches, each of which compiles a step
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         stack.callback(profile.close)
@@ -194,7 +197,10 @@ def run_loop(
             batch = sharding.put_batch(next(batches), mesh)
             clock.wait(time.perf_counter() - asked)
             profile.before(step)
-            state, metrics = step_fn(state, batch, run_key)
+            shape = batch.masks.shape
+            with jax.transfer_guard("disallow" if shape in compiled else "allow"):
+                state, metrics = step_fn(state, batch, run_key)
+            compiled.add(shape)
             profile.after(step, state)
             if pending:
                 finish(*pending)

@@ -144,7 +144,14 @@ def start(
             params = initial.load_init(origin, like.params)
     else:
         origin = "random weights"
-        init = jax.jit(functools.partial(init_params, run.model), out_shardings=layout.params)
+        init = jax.jit(
+            functools.partial(init_params, run.model),
+            out_shardings=layout.params,
+            # It runs once: on a CPU, optimising it takes three times as long as compiling it
+            compiler_options={"xla_backend_optimization_level": 0}
+            if run.mesh.devices.flat[0].platform == "cpu"
+            else None,
+        )
         params = init(jax.random.key(config.seed))
     begin = functools.partial(train.init_state, optimizer=run.optimizer, ema=like.ema is not None)
     return jax.jit(begin, out_shardings=layout)(params), origin, base

@@ -1,13 +1,12 @@
 """Arguments of a config file: --config=configs/davis.py:base_plus,gpu=24.
 
-`gpu` is a device's memory in GB. Its settings are those that change the least of a config and
-whose step fits: first what is recomputed, then how many objects a clip has; never the resolution,
-the frames or the number of videos.
+`gpu` is a device's memory in GB. It sets what the backward pass computes again (train.remat), as
+little as fits; never the resolution, the frames, the objects or the number of videos.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from sam2_jax.model.variants import VARIANTS
 from sam2_jax.rules import nearest
@@ -16,28 +15,19 @@ from sam2_jax.types import UserError
 SIZES = (8, 12, 16, 24, 40, 48, 80)  # GB
 
 
-class Limits(NamedTuple):
-    """What fits, for one video of 8 frames and 1024 pixels a device."""
+# What to recompute for one video of 8 frames, 3 objects, 1024 pixels a device, by variant and GB.
+# base_plus by its reports (28.4 GB with frame, 3.9 GB with full, and 0.8 GB of state that they
+# share), the others by memory_estimate.py with a third to spare. What is not here does not fit.
+def _fits(**limits: int) -> dict[int, str]:
+    """GB of a device -> the last policy whose least GB it has."""
+    return {gpu: name for name, least in limits.items() for gpu in SIZES if gpu >= least}
 
-    remat: str
-    objects: int = 3  # at most
 
-
-NONE, FRAME, FULL = Limits("none"), Limits("frame"), Limits("full")
-# By memory_estimate.py, with a third of the estimate to spare. What is not here does not fit.
-FITS: dict[str, dict[int, Limits]] = {
-    "tiny": {8: FULL, 12: FULL, 16: FRAME, 24: FRAME, 40: NONE, 48: NONE, 80: NONE},
-    "small": {8: FULL, 12: FULL, 16: FULL, 24: FRAME, 40: NONE, 48: NONE, 80: NONE},
-    "base_plus": {
-        8: Limits("full", objects=2),
-        12: FULL,
-        16: FULL,
-        24: FULL,
-        40: FRAME,
-        48: NONE,
-        80: NONE,
-    },
-    "large": {24: FULL, 40: FULL, 48: FULL, 80: FULL},
+FITS = {
+    "tiny": _fits(full=8, frame=16, none=40),
+    "small": _fits(full=8, frame=24, none=40),
+    "base_plus": _fits(full=8, frame=40, none=80),
+    "large": _fits(full=24),
 }
 
 
@@ -100,6 +90,4 @@ def fit(config: Any, gpu: int) -> None:
             f"gpu={gpu}: {config.model.variant} takes at least {min(table)} GB: take a smaller "
             f"variant, or set model.resolution, data.num_frames and train.remat=full yourself"
         )
-    config.train.remat = table[gpu].remat
-    for source in (config.data, *config.data.mixture.values()):
-        source.max_objects = min(source.max_objects, table[gpu].objects)
+    config.train.remat = table[gpu]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sam2_jax.types import Batch, UserError
@@ -48,7 +49,9 @@ def make_mesh(data: int, fsdp: int, model: int, devices: Sequence[Any] | None = 
     """Mesh over `devices` (all of the run by default); errors as in `mesh_shape`."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(data, fsdp, model, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # A torus of 4 x 4 x 4 chips has no axis of 8, unless its axes may be split
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, processes: int = 1, accumulate: int = 1) -> None:

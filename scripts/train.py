@@ -123,6 +123,8 @@ def introduce(config: Any, run: preparing.Run, origin: str) -> None:
             ("start", origin),
             ("input", f"{config.model.resolution} px"),
             ("precision", precision),
+            ("attention", recipe.describe_attention(config, run.model)),
+            ("memory", run.memory),
             ("parameters", f"{total:,}"),
             *(
                 (f"  {elements:,}", run.optimizer.about[label])
@@ -133,6 +135,8 @@ def introduce(config: Any, run: preparing.Run, origin: str) -> None:
             *evaluated,
         ]
     )
+    if run.warning:
+        say(run.warning)
 
 
 def main(config: Any) -> int | None:
