@@ -48,7 +48,9 @@ def make_loss(
 
         if not 0 < segment < frames:
             return part(bank, (images, visits))[1]
-        parts = jax.tree.map(lambda x: x.reshape(-1, segment, *x.shape[1:]), (images, visits))
+        parts = jax.tree.map(
+            lambda x: x.reshape(frames // segment, segment, *x.shape[1:]), (images, visits)
+        )
         _, each = jax.lax.scan(jax.checkpoint(part), bank, parts)
         return jax.tree.map(lambda x: x.sum(0), each)
 

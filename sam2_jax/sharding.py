@@ -123,12 +123,13 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     )
 
 
-def shares() -> Batch:
-    """Specs of a device's share of a batch: its videos, and of these its objects' masks.
+def shares() -> Any:
+    """Specs, in a `Batch`, of a device's share: its videos, and of these its objects' masks.
 
     The devices along `model` have the same images.
     """
-    return Batch(
+    batch: Any = Batch  # of specs, not of arrays
+    return batch(
         BATCH, PartitionSpec(BATCH_AXES, None, "model"), PartitionSpec(BATCH_AXES, "model")
     )
 

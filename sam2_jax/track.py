@@ -68,9 +68,9 @@ def track(
     tracking = make_tracking(
         model, params, batch, plan, deterministic=deterministic, click=click, box=box, points=points
     )
-    key, visits, bank = begin(tracking, batch, plan, key, max_cond, last_memory, shared_by)
+    keys, visits, bank = begin(tracking, batch, plan, key, max_cond, last_memory, shared_by)
     images = batch.images.swapaxes(0, 1)[plan.order]
-    _, outs = follow(tracking, bank, images, visits, key, remat, shared_by)
+    _, outs = follow(tracking, bank, images, visits, keys, remat, shared_by)
     return jax.tree.map(lambda x: x[jnp.argsort(plan.order)], outs)
 
 

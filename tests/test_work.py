@@ -10,7 +10,7 @@ from jax import lax
 
 from configs import smoke
 from sam2_jax import config as config_lib
-from sam2_jax import objective, partition, prompts, recipe, sharding, train, work
+from sam2_jax import losses, objective, partition, prompts, recipe, sharding, train, work
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.types import Batch
 
@@ -135,7 +135,7 @@ def step_work(plan, frozen=()):
     model = make_sam2("nano", 64)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     optimizer, shapes = recipe.make_config_optimizer(c, shapes)
-    weights = train.losses.LossWeights()
+    weights = losses.LossWeights()
     step = train.make_train_step(
         optimizer,
         loss_fn=objective.make_loss(model, weights, "none", 1, False),

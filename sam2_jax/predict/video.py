@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from sam2_jax import memory
 from sam2_jax.decode import Inference, Prompt, Tracking, Visit
+from sam2_jax.encode import encode_frames
 from sam2_jax.model.sam2 import Sam2
 from sam2_jax.prompts import centre_click, noisy_box
 from sam2_jax.track import empty_bank, visit_frame
