@@ -181,7 +181,7 @@ def run_loop(
         return bool(hooks.evaluate and (regular or step == settings.steps))
 
     # The loop hands over what it means to, and nothing goes to or fro unseen
-    run_key = jax.device_put(run_key, sharding.replicated(mesh))
+    run_key = jax.jit(lambda key: key, out_shardings=sharding.replicated(mesh))(run_key)
     compiled: set[tuple[int, ...]] = set()  # shapes of batches, each of which compiles a step
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
