@@ -1,14 +1,24 @@
-"""Finding the other processes of a run, and joining them."""
+"""The other processes of a run: finding them, agreeing with them, and not outliving them."""
 
+import contextlib
 import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 from jax._src.clusters import GceTpuCluster  # JAX has no public way to ask before connecting
+from jax.experimental import multihost_utils
 
-from sam2_jax.types import UserError
+from sam2_jax.types import UserError, fail
 
 # Set by launchers to the number of processes. Not all versions tell JAX where process 0 is.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# Seconds without a sign of life after which a process is taken for dead, and all others end too:
+# a collective operation on an accelerator would wait for it for ever.
+SILENCE = 60
 
 
 def has_peers() -> bool:
@@ -40,14 +50,75 @@ def connect(coordinator: str, processes: int | None, process: int | None) -> Non
     if coordinator:
         if processes is None or process is None:
             raise UserError("--coordinator_address needs --num_processes and --process_id too")
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=SILENCE
+        )
     elif processes is not None or process is not None:
         raise UserError("--num_processes and --process_id need --coordinator_address=HOST:PORT")
     elif has_peers():
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE)
         except ValueError as e:
             raise UserError(
                 f"there are other processes, but JAX does not find them ({e}): give "
                 "--coordinator_address, --num_processes and --process_id"
             ) from e
+
+
+def gather_text(text: str) -> list[str]:
+    """The text that each process calls this with, in their order; the same on each of them."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(own)]))).ravel()
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(own)] = own
+    texts = np.asarray(multihost_utils.process_allgather(padded))
+    return [x[:size].tobytes().decode() for x, size in zip(texts, sizes, strict=True)]
+
+
+def same_settings(settings: Mapping[str, Any]) -> None:
+    """Have all processes been given the same? To be called on each of them.
+
+    Raises:
+        UserError: they have not; names the keys and two of the values.
+    """
+    texts = [f"{key}={value}" for key, value in sorted(settings.items())]
+    for i, other in enumerate(gather_text("\n".join(texts))):
+        lines = other.split("\n")
+        if lines != texts:
+            theirs = " ".join(sorted({*lines} - {*texts})) or "nothing"
+            mine = " ".join(sorted({*texts} - {*lines})) or "nothing"
+            raise UserError(
+                f"process {i} has {theirs} where process {jax.process_index()} has {mine}: give "
+                "all processes the same --config and the same options"
+            )
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """An error inside ends this process at once, if it is one of several.
+
+    Python would first wait at its exit, for minutes, for all others to reach theirs. Without it the
+    others end as soon as they miss it: those on CPUs at the next sum over devices, those on
+    accelerators within `SILENCE` seconds.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, UserError):
+            status = fail(error)
+        else:
+            traceback.print_exc()
+            status = 1
+        print(
+            f"process {jax.process_index()} of {jax.process_count()} ends here, the others within "
+            f"{SILENCE} s; the cause is in the log of the first to end. Started again, all "
+            "processes go on from the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -20,7 +20,7 @@ from sam2_jax import presets
 from sam2_jax.config_checks import Config, check, flat_keys
 from sam2_jax.reports import read_report
 from sam2_jax.rules import nearest
-from sam2_jax.types import UserError
+from sam2_jax.types import UserError, fail
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -150,9 +150,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
-
-
-def fail(error: UserError) -> int:
-    """Prints the one line and gives the exit status."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    return 2

@@ -9,6 +9,7 @@ Points are `(x, y)` in pixels of the model's input. Masks are boolean (ground tr
 (predictions). "Low resolution" is a quarter of the input's side, where the decoder predicts.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -22,6 +23,12 @@ NAMED = 3  # so many of a list are spelt out in a message, the others are counte
 
 class UserError(Exception):
     """Something the user can mend: scripts print it as one line `error: ...` and exit with 2."""
+
+
+def fail(error: UserError) -> int:
+    """Prints the one line and gives the exit status."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
 
 
 def listed(texts: Iterable[str]) -> str:

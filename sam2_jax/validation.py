@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from sam2_jax import evaluate, metrics, plots
+from sam2_jax import cluster, evaluate, metrics, plots
 from sam2_jax.data import catalogue
 from sam2_jax.data.folders import EVAL, open_folder
 from sam2_jax.data.sources import Faults, VideoSource
@@ -146,12 +145,7 @@ def _gather(found: list[metrics.ObjectScores]) -> list[metrics.ObjectScores]:
     """What all processes found, the same on each of them."""
     if jax.process_count() == 1:
         return found
-    text = np.frombuffer(json.dumps(found).encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(text)]))).ravel()
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(text)] = text
-    texts = np.asarray(multihost_utils.process_allgather(padded))
-    rows = [json.loads(x[:n].tobytes()) for x, n in zip(texts, sizes, strict=True)]
+    rows = [json.loads(text) for text in cluster.gather_text(json.dumps(found))]
     return [metrics.ObjectScores(*row) for share in rows for row in share]
 
 

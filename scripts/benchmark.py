@@ -21,8 +21,7 @@ import functools
 
 from configs import default
 from sam2_jax.benchmarks import compiling, data, inference, looping, plot, step
-from sam2_jax.config import fail
-from sam2_jax.types import UserError
+from sam2_jax.types import UserError, fail
 
 COMMANDS = {
     "compile": functools.partial(compiling.run, default.get_config),

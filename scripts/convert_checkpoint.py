@@ -28,10 +28,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from sam2_jax import convert, initial, resume, weights
-from sam2_jax.config import Parser, fail
+from sam2_jax.config import Parser
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.model.variants import VARIANTS
-from sam2_jax.types import UserError, listed
+from sam2_jax.types import UserError, fail, listed
 
 RESOLUTION = 1024  # that of the released weights
 OURS = {"params", resume.CONFIG}  # what a folder written here holds

@@ -22,11 +22,11 @@ import numpy as np
 from PIL import Image
 
 from sam2_jax import evaluate, initial, metrics, plots, resume
-from sam2_jax.config import Parser, fail
+from sam2_jax.config import Parser
 from sam2_jax.data.folders import EVAL, FolderSource, open_folder
 from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
 from sam2_jax.predict.video import make_tracker
-from sam2_jax.types import UserError
+from sam2_jax.types import UserError, fail
 
 CACHE = pathlib.Path.home() / ".cache" / "sam2_jax"
 RESOLUTION = 1024  # that of the released weights

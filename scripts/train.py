@@ -146,8 +146,16 @@ def main(config: Any) -> int | None:
     command goes on.
     """
     connect()
-    if _REPLAY.value:
-        return repeat(config, pathlib.Path(_REPLAY.value))
+    with cluster.ending_together():
+        flat = config_lib.flat_keys(config)
+        cluster.same_settings(flat | {"--workdir": _WORKDIR.value, "--replay": _REPLAY.value})
+        if _REPLAY.value:
+            return repeat(config, pathlib.Path(_REPLAY.value))
+        return start(config)
+
+
+def start(config: Any) -> int | None:
+    """`main` among the other processes of the run."""
     run = prepare(config)
     held = stopping.take(run.workdir)
     batches = catalogue.make_train_loader(

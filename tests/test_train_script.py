@@ -37,7 +37,7 @@ def joined(script, monkeypatch) -> list:
     for name in (*cluster.LAUNCHERS, "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):
         monkeypatch.delenv(name, raising=False)
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(1))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: calls.append(1))
     return calls
 
 
@@ -85,7 +85,7 @@ def test_a_silent_metadata_server_is_named(script, joined, monkeypatch):
 
 
 def test_a_launcher_that_jax_does_not_know_is_named(script, joined, monkeypatch):
-    def initialize():
+    def initialize(**_):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setenv("PMI_SIZE", "2")

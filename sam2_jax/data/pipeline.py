@@ -185,12 +185,12 @@ def make_loader(
         named = mixture.clips(part.share, (seed, number), NameClip(part))
         names.append(named.batch(part.batch_size, drop_remainder=True, batch_fn=list))
         # Batches are made before the switch to an iterator, else their contents would depend on
-        # the number of workers.
-        streams.append(
-            mixture.clips(part.share, (seed, number), make)[process_index::process_count].batch(
-                part.batch_size // process_count, drop_remainder=True, batch_fn=stack
-            )
+        # the number of workers. Each process has neighbouring clips, so that all of them together
+        # have every video at the place of the batch where one process alone has it.
+        made = mixture.clips(part.share, (seed, number), make).batch(
+            part.batch_size // process_count, drop_remainder=True, batch_fn=stack
         )
+        streams.append(made[process_index::process_count])
     all_names = mixture.mix(names, shares, draw, phases, seed)
     return Loader(
         mixture.mix(streams, shares, draw, phases, seed),

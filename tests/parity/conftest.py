@@ -28,7 +28,7 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("parity: largest error, the reference's own in float32, tolerance")
     for part, worst in sorted(compare.WORST.items()):
         noise = "   -   " if worst.noise is None else f"{worst.noise:.1e}"
-        terminalreporter.line(f"{worst.error:.1e}  {noise}  {worst.tolerance:.0e}  {part}")
+        terminalreporter.line(f"{worst.error:.1e}  {noise}  {worst.tolerance:g}  {part}")
     if path := config.getoption("--parity-json"):
         report = {
             "seed": config.getoption("--parity-seed"),

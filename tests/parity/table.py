@@ -47,7 +47,7 @@ def table(reports: list[dict]) -> str:
         noises = [x["noise"] for x in found if x["noise"] is not None]
         noise = f"{max(noises):.1e}" if noises else ""
         tolerance = max(x["tolerance"] for x in found)
-        lines.append(f"| {part} | {len(found)} | {error:.1e} | {noise} | {tolerance:.0e} |")
+        lines.append(f"| {part} | {len(found)} | {error:.1e} | {noise} | {tolerance:g} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,88 @@
+"""A run of several real processes: the same numbers as one, and none outlives another's death."""
+
+import pathlib
+import re
+import signal
+import time
+
+import pytest
+
+from sam2_jax import cluster
+from tests import processes
+
+DEVICES = 2  # of a run, in one process or one in each; tests/meshes.py has more of both
+STEPS = 8
+# nano on masks alone, which compiles fastest; batches of one video per device
+SMALL = {
+    "model.resolution": 32,
+    "model.dropout": 0.1,  # drawn for the video, wherever it is
+    "data.num_frames": 2,
+    "data.max_objects": 1,
+    "data.batch_size": DEVICES,
+    "data.synthetic.eval_clips": 2,
+    "data.synthetic.eval_frames": 3,
+    "eval.loss_clips": 2,
+    "prompts.prob_points": 0.0,
+    "train.precision": "float32",
+    "train.steps": STEPS,
+    "train.log_every": 1,
+    "checkpoint.every_steps": 2,
+    "mesh.fsdp": 2,
+}
+
+
+def arguments(**changes) -> list[str]:
+    given = SMALL | changes
+    settings = [f"--config.{key}={value}" for key, value in given.items()]
+    return ["--config=configs/smoke.py", *settings]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> list[dict]:
+    """Rows of one process with all devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    processes.run(workdir, 1, DEVICES, arguments())
+    return processes.rows(workdir)
+
+
+def assert_same(rows: list[dict], others: list[dict]) -> None:
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-7)
+
+
+def end_of(log: pathlib.Path) -> str:
+    return log.read_text()[-3000:]
+
+
+def test_two_processes_are_as_good_as_one_and_end_and_go_on_together(alone, tmp_path):
+    """One is killed: the other ends at once. Both started again come to where one alone did."""
+    workdir = tmp_path / "run"
+    survivor, killed = processes.start(workdir, 2, DEVICES // 2, arguments())
+    while len(processes.rows(workdir)) < 3 and survivor.poll() is None:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    status = survivor.wait(2 * cluster.SILENCE)
+    log = end_of(processes.log_of(workdir, 0))
+    assert status not in {0, 2}, log  # to be started again, by the scripts that launch
+    assert time.monotonic() - began < cluster.SILENCE
+    assert "process 0 of 2 ends here" in log
+    assert 3 <= len(processes.rows(workdir)) < STEPS
+    processes.run(workdir, 2, DEVICES // 2, arguments())
+    assert_same(processes.rows(workdir), alone)
+    again = processes.log_of(workdir, 0).read_text()
+    assert re.search(r"^ +start +checkpoint of step", again, re.MULTILINE)
+
+
+def test_processes_that_disagree_stop_before_anything(tmp_path):
+    workdir = tmp_path / "run"
+    address = f"localhost:{processes.free_port()}"
+    started = [
+        processes.start_one(workdir, i, 2, 1, address, arguments(seed=seed))
+        for i, seed in enumerate((3, 4))
+    ]
+    assert [process.wait(120) for process in started] == [2, 2]
+    said = end_of(processes.log_of(workdir, 0))
+    assert "process 1 has seed=4 where process 0 has seed=3" in said
+    assert not workdir.exists()
