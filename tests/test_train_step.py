@@ -14,13 +14,14 @@ from sam2_jax.model.sam2 import init_params, make_sam2
 
 # A mask as prompt reads neither embedding; the frequencies are a buffer.
 UNREAD = {"sam_prompt_encoder/gaussian", "no_mem_pos_enc", "no_mem_embed"}
+MASK, MASK_AGAIN, CLICK, BOX = 8, 9, 4, 10  # seeds, by what they prompt frame 0 alone with
 
 
 def test_step_of_a_config_moves_what_it_should():
     c = smoke.get_config()
     c.model.update(resolution=32, version="2.0", attention_dropout=0.1, dropout=0.1, drop_path=0.1)
     c.data.update(num_frames=2, max_objects=2, batch_size=1)
-    c.prompts.update(prob_points=0.0, corrections=0)
+    c.prompts.update(prob_points=0.5, corrections=1)
     c.train.update(precision="bfloat16", remat="none")  # recomputing takes longer to compile
     c = config_lib.finish(c)
     model = make_sam2("nano", 32, "2.0", 0.1, 0.1, 0.1)
@@ -39,7 +40,9 @@ def test_step_of_a_config_moves_what_it_should():
         after, metrics = step(copy, batch, jax.random.key(seed))
         return jax.device_get(after.params), float(metrics["loss"])
 
-    (after, loss), (_, again), (_, other) = run(0), run(0), run(1)
+    (after, loss), (_, again), (_, other) = run(MASK), run(MASK), run(MASK_AGAIN)
+    run(CLICK), run(BOX)
+    assert step._cache_size() == 1  # one program, whatever the plan
     assert np.isfinite(loss) and loss == again
     assert loss != other  # another draw of dropout
     same = jax.tree.map(np.array_equal, jax.device_get(before), after)
