@@ -1,8 +1,9 @@
 """Checkpoints of a run (Orbax) and what else makes a workdir resumable.
 
 The checkpoint of step N, that is after N updates, is `checkpoints/N/` with the items `params`,
-`optimizer` (step count and moments), `data` (the loader's position, JSON), `sums` (by which damage
-is noticed, see integrity.py) and, of runs that have one, `ema` (the moving average of the trained
+`optimizer` (step count and moments), `data` (the loader's position, JSON), `config` (the settings
+that it was made with, JSON, as config.json has them; see resume.py), `sums` (by which damage is
+noticed, see integrity.py) and, of runs that have one, `ema` (the moving average of the trained
 parameters). A LoRA run's `params` are the trained ones alone; its item `lora` says where the others
 are (see base.py).
 """
@@ -11,19 +12,21 @@ import contextlib
 import errno
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from sam2_jax import arrays, integrity
+from sam2_jax import arrays, integrity, judging
 from sam2_jax import base as bases
 from sam2_jax.types import UserError
 
 Tree = Any
 CHECKPOINTS = "checkpoints"
-EMA, DATA = "ema", "data"  # items of a checkpoint
+EMA, DATA, CONFIG = "ema", "data", "config"  # items of a checkpoint
+# How the system calls a disk, or a user's share of it, that is full
+FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "Disk quota exceeded"}
 
 
 class Keep(NamedTuple):
@@ -48,7 +51,7 @@ def make_manager(workdir: pathlib.Path, keep: Keep) -> ocp.CheckpointManager:
     Raises `UserError` where the metrics of one that is there are damaged: Orbax reads them all.
     """
     for step in steps_of(workdir):
-        integrity.read_metrics(workdir / CHECKPOINTS / str(step))
+        judging.check(workdir / CHECKPOINTS / str(step))
     worst = math.inf if keep.lowest else -math.inf
 
     def value(metrics: dict[str, float]) -> float:
@@ -77,24 +80,40 @@ def make_manager(workdir: pathlib.Path, keep: Keep) -> ocp.CheckpointManager:
 
 
 @contextlib.contextmanager
+def opened(workdir: pathlib.Path, keep: Keep) -> Iterator[ocp.CheckpointManager]:
+    """`make_manager`, closed at the end, when all that it began to write is written.
+
+    Raises `UserError` where that fails, see `writing`; not for what else fails within.
+    """
+    with writing(workdir):
+        manager = make_manager(workdir, keep)
+    try:
+        yield manager
+    finally:
+        with writing(workdir):
+            manager.close()
+
+
+@contextlib.contextmanager
 def writing(workdir: pathlib.Path) -> Iterator[None]:
     """Within it a checkpoint that cannot be written is a `UserError` that names the last good one.
 
-    To be around everything that saves or waits: Orbax tells of a failure in the background at the
-    next of these.
+    To be around all that saves, waits or closes, and nothing else: Orbax tells of a failure in the
+    background at the next of these, and other files and connections fail with the same types.
     """
     try:
         yield
     except (OSError, ValueError) as error:
         # Of a full disk tensorstore says ValueError, with the system's words in it
-        full = "No space left" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC
+        full = getattr(error, "errno", 0) in FULL or any(x in str(error) for x in FULL.values())
         if isinstance(error, ValueError) and not full:
             raise
         good = latest_step(workdir)
         last = "there is none yet" if good is None else f"the last whole one is of step {good}"
         raise UserError(
             f"{workdir / CHECKPOINTS}: a checkpoint could not be written "
-            f"({'the disk is full' if full else error}); {last}: make room, then start again"
+            f"({'your quota or the disk is full' if full else error}); {last}: make room, "
+            "then start again"
         ) from error
 
 
@@ -117,12 +136,12 @@ def save(
     data: dict[str, Any],
     ema: Tree | None = None,
     base: bases.Base | None = None,
-    metrics: dict[str, float] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Starts to write checkpoint `step`; arrays may be donated as soon as this returns.
 
     `data` is what is to be known of the data, of JSON's types, equal on all processes. With a
-    `base`, `params` are the parameters that are not in it. `metrics` are of an evaluation.
+    `base`, `params` are the parameters that are not in it. `settings` are the config's.
     """
     trees: dict[str, Tree] = {"params": params, "optimizer": optimizer}
     values: dict[str, Any] = {DATA: data}
@@ -130,13 +149,15 @@ def save(
         trees[EMA] = ema
     if base is not None:
         values[bases.ITEM] = base._asdict()
-    sums = integrity.record(trees, values | ({"metrics": metrics} if metrics else {}))
+    if settings is not None:
+        values[CONFIG] = dict(settings)
+    sums = integrity.record(trees, values)
     items: dict[str, Any] = {
         **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
         **{name: ocp.args.JsonSave(value) for name, value in values.items()},
         integrity.ITEM: ocp.args.JsonSave(sums),
     }
-    manager.save(step, metrics=metrics or None, args=ocp.args.Composite(**items))
+    manager.save(step, args=ocp.args.Composite(**items))
 
 
 def restore(
@@ -165,3 +186,12 @@ def restore_ema(workdir: pathlib.Path, step: int, like: Tree) -> Tree | None:
         return None
     arrays.check(folder, like, "what this config trains (optim.frozen, lora)")
     return arrays.read(folder, like)
+
+
+def read_settings(workdir: pathlib.Path, step: int) -> dict[str, Any] | None:
+    """The settings that checkpoint `step` was made with; None if it does not say.
+
+    Raises `UserError` where they are damaged.
+    """
+    folder = workdir.resolve() / CHECKPOINTS / str(step) / CONFIG
+    return integrity.read_json(folder) if folder.is_dir() else None

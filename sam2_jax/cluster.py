@@ -77,22 +77,27 @@ def gather_text(text: str) -> list[str]:
     return [x[:size].tobytes().decode() for x, size in zip(texts, sizes, strict=True)]
 
 
-def same_settings(settings: Mapping[str, Any]) -> None:
-    """Have all processes been given the same? To be called on each of them.
+def of_first(value: int) -> int:
+    """The number that process 0 calls this with; to be called on all."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def agree(values: Mapping[str, Any], advice: str) -> None:
+    """Do all processes have the same values by these names? To be called on each of them.
 
     Raises:
-        UserError: they have not; names the keys and two of the values.
+        UserError: they do not; names what differs between two, and ends with `advice`.
     """
-    texts = [f"{key}={value}" for key, value in sorted(settings.items())]
+    texts = [f"{name}={value}" for name, value in sorted(values.items())]
     for i, other in enumerate(gather_text("\n".join(texts))):
         lines = other.split("\n")
         if lines != texts:
-            theirs = " ".join(sorted({*lines} - {*texts})) or "nothing"
-            mine = " ".join(sorted({*texts} - {*lines})) or "nothing"
-            raise UserError(
-                f"process {i} has {theirs} where process {jax.process_index()} has {mine}: give "
-                "all processes the same --config and the same options"
-            )
+            theirs = ", ".join(sorted({*lines} - {*texts})) or "nothing"
+            mine = ", ".join(sorted({*texts} - {*lines})) or "nothing"
+            me = jax.process_index()
+            raise UserError(f"process {i} has {theirs} where process {me} has {mine}: {advice}")
 
 
 @contextlib.contextmanager

@@ -22,6 +22,9 @@ from sam2_jax.reports import read_report
 from sam2_jax.rules import nearest
 from sam2_jax.types import UserError, fail
 
+# Settings of `config.data` itself that data/catalogue.py reads for evaluation clips
+EVALUATED = {"source", "root", "include", "exclude", "folder", "tfds", "synthetic"}
+
 
 def split_arguments(argv: Sequence[str]) -> tuple[str, list[str]]:
     """The value of --config (the last one counts) and all other arguments."""
@@ -38,6 +41,30 @@ def split_arguments(argv: Sequence[str]) -> tuple[str, list[str]]:
     return path, rest
 
 
+def split_sets(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Folders by name of --config.eval.sets.NAME=FOLDER, and all other arguments.
+
+    Raises:
+        UserError: a name without a folder.
+    """
+    sets, rest, waiting = {}, [], ""
+    for argument in arguments:
+        if waiting:
+            sets[waiting], waiting = argument, ""
+        elif match := re.fullmatch(
+            r"--?config\.eval\.sets\.([^=]+)(?:=(.*))?", argument, re.DOTALL
+        ):
+            if match[2] is None:
+                waiting = match[1]
+            else:
+                sets[match[1]] = match[2]
+        else:
+            rest.append(argument)
+    if waiting:
+        raise UserError(f"--config.eval.sets.{waiting} names no folder: give it one, =FOLDER")
+    return sets, rest
+
+
 def load_file(path: str) -> Config:
     """The config of `FILE.py`, `FILE.py:VARIANT` or `FILE.py:VARIANT,gpu=GB`, locked, unchecked."""
     file, _, argument = path.partition(":")
@@ -51,13 +78,28 @@ def load_file(path: str) -> Config:
 
 
 def check_overrides(path: str, arguments: Sequence[str]) -> None:
-    """Raises `UserError` for the first --config.a.b that the config file does not have."""
-    keys = list(flat_keys(load_file(path)))
+    """Raises `UserError` for the first --config.a.b that the config file does not have, or not use.
+
+    Of the settings of a single source a mixture uses those by which evaluation clips are found.
+    """
+    config = load_file(path)
+    keys = [*flat_keys(config), "eval.sets.NAME"]
+    mixture = config.data.mixture
+    names = ", ".join(mixture)
+    single = {key for entry in mixture.values() for key in entry} - EVALUATED
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if match and match[1] not in keys:
+        if not match:
+            continue
+        if match[1] not in keys:
             raise UserError(
                 f"unknown config key '{match[1]}': did you mean '{nearest(match[1], keys)}'?"
+            )
+        section, _, key = match[1].partition(".")
+        if section == "data" and key.partition(".")[0] in single:
+            raise UserError(
+                f"--config.{match[1]} is of a single source, and {path} trains on a mixture: set "
+                f"--config.data.mixture.NAME.{key}, NAME one of {names}"
             )
 
 
@@ -77,10 +119,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     wants_help = any(re.fullmatch(r"--?help(full|short|xml)?", argument) for argument in rest)
     if not path and not wants_help:
         raise UserError("--config=FILE.py[:VARIANT] is missing, e.g. --config=configs/smoke.py")
+    # Names of these are new, and ml_collections takes new names everywhere or nowhere
+    sets, known = split_sets(rest)
     if path:
-        check_overrides(path, rest)
+        check_overrides(path, known)
     # --config comes first whatever the order typed: overrides apply to what it loads.
-    ordered = [argv[0], *([f"--config={path}"] if path else []), *rest]
+    first = [f"--config={path}"] if path else []
+    ordered = [argv[0], *first, *known]
     sys.argv[1:] = ordered[1:]  # config_flags looks for overrides there
     try:
         left = flags.FLAGS(ordered)
@@ -92,6 +137,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         flags.FLAGS.verbosity = logging.WARNING  # absl.app would show the libraries' own chatter
     if len(left) > 1:
         raise UserError(f"argument '{left[1]}' is not a flag: flags look like --name=value")
+    if path:
+        with flags.FLAGS.config.unlocked():
+            flags.FLAGS.config.eval.sets.update(sets)
+    sys.argv[1:] = [*first, *rest]  # what repeats this run
     return left
 
 

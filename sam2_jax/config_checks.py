@@ -5,6 +5,7 @@ fits) is checked by whoever opens them, before anything is compiled.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,6 +122,9 @@ def check(config: Config) -> None:
     for key in _POSITIVE:
         if not flat[key] > 0:
             raise UserError(f"{key}={flat[key]} must be greater than 0")
+    for name, weight in config.loss.items():
+        if not math.isfinite(weight):
+            raise UserError(f"loss.{name}={weight} must be finite")
     check_model(config)
     check_data(config)
     check_prompts(config)
@@ -201,19 +205,19 @@ def check_train(config: Config) -> None:
             "train.truncate=True ends gradients between segments, and train.segment=0 makes none: "
             "set train.segment to the number of frames to learn from together"
         )
-    for key, part in {"data": config.data, **config.data.mixture}.items():
-        name = key if key == "data" else f"data.mixture.{key}"
+    entries = {f"data.mixture.{key}": entry for key, entry in config.data.mixture.items()}
+    for name, part in (entries or {"data": config.data}).items():
         if (segment := config.train.segment) and part.num_frames % min(segment, part.num_frames):
             raise UserError(
                 f"train.segment={segment} must divide {name}.num_frames={part.num_frames}, or be "
                 "at least as many: change one of them"
             )
     one_of("train.not_finite", config.train.not_finite, NOT_FINITE)
-    profiled = config.train.profile_steps
-    if profiled and not (len(profiled) == 2 and 0 < profiled[0] <= profiled[1]):
+    profiled, steps = config.train.profile_steps, config.train.steps
+    if profiled and not (len(profiled) == 2 and 0 < profiled[0] <= profiled[1] <= steps):
         raise UserError(
             f"train.profile_steps={profiled} must be empty, or the first and the last step of a "
-            "trace, such as 10,12"
+            f"trace, such as 10,12, and not beyond train.steps={steps}"
         )
     if not 0 <= config.train.ema_decay < 1:
         raise UserError(
@@ -228,6 +232,16 @@ def check_eval(config: Config) -> None:
             f"eval.max_frames={config.eval.max_frames} must be 0 (all) or at least {SCORED}: the "
             "first and the last frame are not scored"
         )
+    if not config.eval.prompts:
+        raise UserError("eval.prompts=() prompts nothing: take ('mask',), or others of the first")
+    for name, root in config.eval.sets.items():
+        if not re.fullmatch(r"(?!(mask|box|click\d+)$)[\w-]+", name):
+            raise UserError(
+                f"eval.sets.{name}: the name is part of rows and files and beside names of "
+                "prompts: take letters, digits, _ and -, and not mask, box, click1 ..."
+            )
+        if not isinstance(root, str) or not root:
+            raise UserError(f"eval.sets.{name}={root} must be a folder of clips")
     best = config.checkpoint.best
     if not best.rpartition("/")[2].startswith("loss"):
         return

@@ -134,12 +134,11 @@ def _sums(
     dtype = jnp.dtype(config.train.precision)
     weights = losses.LossWeights(**config.loss)
     layout = sharding.tree_specs(params, mesh)
-    alone = model.clone(kernel=model.kernel._replace(mesh=None))  # a device's attention is its own
     num_frames = batch.images.shape[1]
 
     def on_device(params: train.Params, batch: Batch) -> tuple[dict[str, Array], Array]:
         out = track.track(
-            alone,
+            model,
             sharding.gather(train.compute_copy(params, dtype), layout),
             batch,
             make_plan(num_frames),

@@ -65,10 +65,12 @@ def score_clips(
     watch: Watch | None = None,
     progress: bool = False,
     title: str = "evaluate",
+    check: Callable[[], None] | None = None,
 ) -> list[metrics.ObjectScores]:
     """Tracks and scores some clips, each by the next predictor that is free.
 
-    Scores come in the order of `clips`, frames are watched as they are predicted.
+    Scores come in the order of `clips`, frames are watched as they are predicted. `check` is called
+    before every clip; what it raises ends all.
     """
     lengths = [source.video(i).num_frames for i in clips]
     total = sum(min(n, max_frames or n) for n in lengths)
@@ -82,6 +84,8 @@ def score_clips(
     ):
 
         def one(i: int) -> list[metrics.ObjectScores]:
+            if check:
+                check()
             predict = free.get()
             try:
                 return _evaluate_clip(predict, source, i, max_frames, watch, bar)

@@ -12,6 +12,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 # TPUs reduce and scatter in one custom fusion of this name, which holds an all-reduce and a slice
 TPU_REDUCE_SCATTER = "all-reduce-scatter"
 CHAIN = "chain "
+# A kernel that XLA did not make: the compiler for TPUs estimates no cycles of it
+TPU_KERNEL = 'custom_call_target="tpu_custom_call"'
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "c64": 64, "c128": 128}
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OP = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
@@ -29,6 +31,7 @@ class Totals(NamedTuple):
     # (kind, identity) -> (times a step, bytes each time, shape)
     collectives: dict[tuple[str, str], tuple[int, int, str]]
     cycles: int  # as the compiler for TPUs estimates them; 0 where it does not
+    kernels: int  # calls of kernels for TPUs that are in none of these cycles
     unknown_loops: int  # whose number of turns is not to be found: counted once
 
     @property
@@ -106,14 +109,15 @@ class _Counter:
         ops = self._computations[name]
         shapes = {op.name: op.shape for op in ops}
         collectives: dict[tuple[str, str], tuple[int, int, str]] = {}
-        cycles = unknown = 0
+        cycles = kernels = unknown = 0
         for op in ops:
             times, inner = 1, None
             if op.opcode == "while":
                 times, inner, missing = self._loop(op)
                 unknown += missing
             elif op.opcode == "conditional":
-                inner = max((self.of(b) for b in _branches(op)), key=lambda t: (t.bytes, t.cycles))
+                branches = (self.of(b) for b in _branches(op))
+                inner = max(branches, key=lambda t: (t.bytes, t.cycles, t.kernels))
             elif op.opcode in ("call", "fusion", "async-start", "custom-call"):
                 inner = self._called(op)
             elif (kind := op.opcode.removesuffix("-start")) in KINDS:
@@ -121,15 +125,19 @@ class _Counter:
                 _add(collectives, key, value)
             if match := _CYCLES.search(op.line):
                 cycles += int(match[1])
+            elif TPU_KERNEL in op.line:
+                kernels += 1
             if inner is None:
                 continue
             # The compiler's own figure for a fusion or a call is of all that is in it
-            cycles += 0 if match else times * inner.cycles
+            if not match:
+                cycles += times * inner.cycles
+                kernels += times * inner.kernels
             unknown += inner.unknown_loops
             for key, (count, size, shape) in inner.collectives.items():
                 staged = op.opcode == "fusion" and key[1].startswith(CHAIN)
                 _add(collectives, key, (times * count, size, shape), staged)
-        return Totals(collectives, cycles, unknown)
+        return Totals(collectives, cycles, kernels, unknown)
 
     def _loop(self, op: _Op) -> tuple[int, Totals, int]:
         """(turns, what one turn does, 1 if the turns are not known)."""
@@ -191,8 +199,10 @@ def _collective(
     operands = _NAMES.findall(op.line[: op.line.index(")")])
     given = sum(shape_bytes(shapes.get(name, "")) for name in operands)
     made = shape_bytes(op.shape)
-    if op.opcode == "all-gather-start" or op.opcode == "collective-permute-start":
-        made -= given  # their results begin with their operands
+    # The shape of one that is only begun holds its operands, too; but for sums, where it does not
+    pair = op.opcode in ("all-gather-start", "collective-permute-start")
+    if op.opcode.endswith("-start") and (pair or op.shape.startswith("((")):
+        made -= given
     if computation.startswith(TPU_REDUCE_SCATTER):
         kind = "reduce-scatter"
     # TPUs split a gather into stages that lie in several fusions, under the number of a chain

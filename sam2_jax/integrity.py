@@ -100,20 +100,6 @@ def read_json(folder: pathlib.Path) -> Any:
     return value
 
 
-def read_metrics(step: pathlib.Path) -> None:
-    """Reads the metrics in a checkpoint's folder, if it has any, only to see that they are whole.
-
-    Orbax reads those of all checkpoints before it writes one, and gives no name to what is torn.
-    """
-    folder = step.resolve() / "metrics"
-    if not folder.is_dir():
-        return
-    with reading(folder):
-        value = json.loads((folder / "metrics").read_text())
-    if (saved := _saved(folder, "json")) is not None and saved != sum_of_json(value):
-        raise damaged(folder, "not what was saved")
-
-
 @contextlib.contextmanager
 def reading(folder: pathlib.Path) -> Iterator[None]:
     """Within it, whatever goes wrong with the files of an item is a `UserError`; see `damaged`.

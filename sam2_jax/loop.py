@@ -1,11 +1,12 @@
 """The loop around the step: feed, log, evaluate, save, in an order that survives being stopped.
 
-At a step where all happen: its metrics row, the evaluation's row, both on disk, then the
-checkpoint. So whatever a checkpoint says was done, is on record; what is later is cut at resume
-and done again.
+At a step where all happen: its metrics row, on disk, the checkpoint, then the evaluation: its
+figures into the checkpoint, and its row. So whatever a checkpoint says was done, is on record; what
+is later is cut at resume and done again, and an evaluation without a row is made up for.
 """
 
 import contextlib
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from sam2_jax import sharding
+from sam2_jax import cluster, sharding, stopping
 from sam2_jax.progress import Clock, Display
-from sam2_jax.records import METRICS, Records, was_evaluated
+from sam2_jax.records import METRICS, WORST, Records, WorstRow, was_evaluated
 from sam2_jax.train import Metrics, RandomKey, State, TrainStep
 from sam2_jax.types import Batch, UserError
 
@@ -30,7 +31,6 @@ class LoopSettings(NamedTuple):
     save_every: int
     profile_steps: tuple[int, ...] = ()  # first and last step of a trace
     max_skipped: int = 0  # so many steps in a row may be skipped for not being finite
-    save_at_eval: bool = False  # so that the best of what was evaluated can be kept
     best: str = "eval/J&F"  # metric of the evaluation
     best_is_lowest: bool = False
     wandb: str = ""  # project of Weights & Biases
@@ -39,8 +39,9 @@ class LoopSettings(NamedTuple):
 class Hooks(NamedTuple):
     """What the loop calls, all but `save` optional."""
 
-    save: Callable[[int, State, dict[str, float]], None]  # starts a checkpoint; latest evaluation
+    save: Callable[[int, State], None]  # starts a checkpoint
     evaluate: Callable[[State, int], dict[str, float]] | None = None  # a row for metrics.jsonl
+    judge: Callable[[int, dict[str, float]], None] | None = None  # that row, to the checkpoint
     source_of: Callable[[int], str] | None = None  # of batch n, from 0, where there are several
     clips_of: Callable[[int], list[str]] | None = None  # names of the clips of batch n
     should_stop: Callable[[int], bool] | None = None  # after a step, the same on all processes
@@ -65,11 +66,16 @@ def make_loop_settings(config: Any) -> LoopSettings:
         save_every=config.checkpoint.every_steps,
         profile_steps=tuple(t.profile_steps),
         max_skipped=t.max_skipped if t.not_finite == "skip" else 0,
-        save_at_eval=config.checkpoint.keep_best > 0,
         best=config.checkpoint.best,
         best_is_lowest=config.checkpoint.best_is_lowest,
         wandb=t.wandb,
     )
+
+
+def owes_evaluation(workdir: pathlib.Path, step: int) -> bool:
+    """Whether metrics.jsonl lacks the evaluation of `step`; process 0 looks for all."""
+    lacks = jax.process_index() == 0 and not was_evaluated(workdir / METRICS, step)
+    return bool(cluster.of_first(int(lacks)))
 
 
 class Profile:
@@ -101,13 +107,14 @@ class Profile:
 class Worst:
     """The batches of the highest loss, so that someone can look at them."""
 
-    def __init__(self, keep: int = 10):
-        self._keep = keep
-        self.rows: list[tuple[float, int, list[str]]] = []
+    def __init__(self, rows: list[WorstRow]):
+        """`rows`: of an earlier start, to go on from."""
+        self.rows = rows
 
     def see(self, loss: float, step: int, clips: list[str]) -> None:
-        """One more batch."""
-        self.rows = sorted([*self.rows, (loss, step, clips)], reverse=True)[: self._keep]
+        """One more batch; a loss that is not finite is above all others."""
+        rows = [*self.rows, (loss if math.isfinite(loss) else math.inf, step, clips)]
+        self.rows = sorted(rows, reverse=True)[:WORST]
 
 
 def run_loop(
@@ -125,7 +132,8 @@ def run_loop(
 
     Only process 0 writes and shows. Metrics of step n are read once step n+1 is launched, so that
     the device never waits for the host. Of several sources the loss of each is also logged as
-    `SOURCE/loss`.
+    `SOURCE/loss`. What is evaluated is saved first: whatever ends an evaluation costs no step, and
+    the next start makes up for it.
 
     Raises:
         UserError: of `hooks.bad_step`, where more steps in a row than allowed were not finite,
@@ -137,16 +145,18 @@ def run_loop(
     records = Records(workdir, done, settings.wandb) if leads else None
     display = Display(done, settings.steps, leads)
     profile = Profile(settings.profile_steps if leads else (), workdir)
-    worst, clock = Worst(), Clock()
+    worst, clock = Worst(records.read_worst(done) if records else []), Clock()
     began = time.perf_counter()
 
-    def finish(step: int, metrics: Metrics, batch: Batch) -> None:
+    def finish(step: int, metrics: Metrics, batch: Batch) -> bool:
+        """Reads and shows; whether one more step that is not finite is one too many."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if values.get("skipped_in_a_row", 0.0) > settings.max_skipped and hooks.bad_step:
+        skipped = values.get("skipped_in_a_row", 0.0)
+        if skipped > settings.max_skipped and hooks.bad_step:
             raise hooks.bad_step(step, state, batch, values)
         if hooks.source_of:
             values[f"{hooks.source_of(step - 1)}/loss"] = values["loss"]
-        if hooks.clips_of and (not worst.rows or values["loss"] > worst.rows[-1][0]):
+        if hooks.clips_of and records:
             worst.see(values["loss"], step, hooks.clips_of(step - 1))
         videos, frames = batch.images.shape[:2]
         clock.tick(videos, videos * frames)
@@ -160,21 +170,21 @@ def run_loop(
                 records.write(step, row)
         if step == done + 1:
             clock.restart()  # what follows is not slowed by compilation
+        return 0 < settings.max_skipped <= skipped
 
-    def evaluate(step: int) -> dict[str, float]:
-        if not hooks.evaluate:
-            return {}
+    def evaluate(step: int) -> None:
+        assert hooks.evaluate
         asked = time.time()
         try:
             row = hooks.evaluate(state, step)
-        except UserError:
-            hooks.save(step, state, {})  # what was learnt is not lost to a bad evaluation set
-            raise
+        except stopping.Interrupted:
+            raise Stopped(step) from None
+        if hooks.judge:
+            hooks.judge(step, row)  # before the row, which says that it was evaluated
         if records:
             records.write(step, row)
             records.best(settings.best, settings.best_is_lowest)
             records.pictures(step, asked)
-        return row
 
     def due(step: int) -> bool:
         regular = settings.eval_every and step % settings.eval_every == 0
@@ -189,9 +199,10 @@ def run_loop(
         if records:
             stack.callback(records.close)
             stack.callback(lambda: records.worst(worst.rows))
-        if done and due(done) and not was_evaluated(workdir / METRICS, done):
+        if done and due(done) and owes_evaluation(workdir, done):
             evaluate(done)
         pending: tuple[int, Metrics, Batch] | None = None
+        close_by = False
         for step in range(done + 1, settings.steps + 1):
             asked = time.perf_counter()
             batch = sharding.put_batch(next(batches), mesh)
@@ -203,22 +214,22 @@ def run_loop(
             compiled.add(shape)
             profile.after(step, state)
             if pending:
-                finish(*pending)
+                close_by = finish(*pending)
             pending = (step, metrics, batch)
             last = step == settings.steps
             stops = bool(hooks.should_stop and hooks.should_stop(step))
             evaluates = due(step) and (last or not stops)  # else made up for at the next start
-            saves = last or stops or step % settings.save_every == 0
-            saves = saves or (evaluates and settings.save_at_eval)
-            if not (evaluates or saves):
+            saves = last or stops or evaluates or step % settings.save_every == 0
+            if saves or close_by:  # a report is to have the state before the step, not one after
+                close_by, pending = finish(*pending), None
+            if not saves:
                 continue
-            finish(*pending)
-            pending = None
-            row = evaluate(step) if evaluates else {}
-            if saves:
-                if records:
-                    records.sync()
-                hooks.save(step, state, row)
+            if records:
+                records.sync()
+                records.worst(worst.rows)
+            hooks.save(step, state)
+            if evaluates:
+                evaluate(step)
             if stops and not last:
                 raise Stopped(step)
             clock.restart()

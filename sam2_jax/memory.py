@@ -89,13 +89,18 @@ def _put(slots: Slots, frame, is_cond, value, window: int) -> Slots:
     )
 
 
+def outgrown(num_frames: int) -> bool:
+    """Whether a clip is so long that memories linger out of sight, and what is read has a mask."""
+    return num_frames - 1 > WINDOW + 1
+
+
 def read(bank: Bank, frame: Int[Array, ""], count: int, num_frames: int) -> Context:
     """What `frame` attends to while `count` memories exist (a static number, at least 1).
 
     Clips of at most eight frames never outgrow the window: everything visited is in sight, and
     no mask is needed. In longer ones an entry may linger out of sight until it is replaced.
     """
-    always_full = num_frames - 1 <= WINDOW + 1
+    always_full = not outgrown(num_frames)
     num_pointers = min(num_frames - 1, bank.pointers.frame.shape[0])
     if always_full or count <= WINDOW:
         num_pointers = min(count, num_pointers)

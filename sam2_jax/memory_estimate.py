@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sam2_jax import compiled, train
 from sam2_jax.compiled import sharded_bytes
+from sam2_jax.memory import WINDOW
 from sam2_jax.model.kernels import LARGE
 from sam2_jax.model.sam2 import MAX_POINTERS, NUM_MEMORIES, Sam2
 from sam2_jax.model.variants import Variant
@@ -38,25 +39,30 @@ def estimate(config: Any, model: Sam2, state: train.State, mesh: jax.sharding.Me
     videos = max(1, source.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]))
     part = max(1, videos // config.train.accumulate)  # what is worked off at a time
     frames, objects, side = source.num_frames, source.max_objects, config.model.resolution
+    mine = -(-objects // mesh.shape["model"])  # of objects; all devices of a video have its images
+    segment = config.train.segment
+    held = segment if 0 < segment < frames else frames  # tracked at a time
     sizes = sharded_bytes(state, mesh)
     copy = jax.eval_shape(lambda p: train.compute_copy(p, dtype), state.params)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(copy))
     # What the backward pass of one frame, or of all at once, has in memory
-    encoded = 1 if remat == "full" else frames
-    visited = frames if remat == "none" else 1
-    # The loop keeps the memories for every frame that it will compute again
-    kept = 1 if remat == "none" else frames
+    encoded = 1 if remat == "full" else -(-held // mesh.shape["model"])
+    visited = held if remat == "none" else 1
+    # The loops keep the bank for every frame and every segment that they will compute again
+    kept = (1 if remat == "none" else held) + (frames // held if held < frames else 0)
+    slots = min(frames, WINDOW + config.prompts.max_cond_frames)
     tokens, v = (side // 16) ** 2, model.variant
+    bank = slots * tokens * v.memory_dim * dtype.itemsize
     return {
         **sizes,
         "clips": videos * frames * side**2 * (3 + objects),
         "compute copy": whole,
         "gradients": whole + sizes["parameters"],
-        "image features": 2 * part * frames * _features(v, side) * dtype.itemsize,
+        "image features": 2 * part * held * _features(v, side) * dtype.itemsize,
         "image encoder": part * encoded * _encoder(model, side, dtype.itemsize),
-        "memories": part * objects * kept * frames * tokens * v.memory_dim * dtype.itemsize,
-        "memory attention": part * objects * visited * _remembering(model, side, frames, dtype),
-        "masks": part * objects * (frames * _logits(config, side) + MASKS * side**2 * FLOAT32),
+        "memories": part * mine * kept * bank,
+        "memory attention": part * mine * visited * _remembering(model, side, frames, dtype),
+        "masks": part * mine * (held * _logits(config, side) + MASKS * side**2 * FLOAT32),
     }
 
 
@@ -135,8 +141,8 @@ def check(found: Estimate, limit: int | None) -> str:
         return ""
     text = (
         f"the step takes {describe(found)}, and a device has {size(limit)}: set "
-        "train.remat=full, a larger mesh.fsdp, train.accumulate, or a smaller data.batch_size, "
-        "data.max_objects, data.num_frames or model.resolution"
+        "train.remat=full, a larger mesh.fsdp, train.accumulate, train.segment for long clips, or "
+        "a smaller data.batch_size, data.max_objects, data.num_frames or model.resolution"
     )
     if total(found) > limit * (1 + ERROR):
         raise UserError(f"out of memory before it begins: {text}")

@@ -1,16 +1,18 @@
 """From a config and a workdir to all that a run needs, checked before anything is compiled."""
 
+import difflib
 import functools
 import pathlib
+import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from sam2_jax import base as bases
 from sam2_jax import (
     checkpoint,
+    cluster,
     initial,
     memory_estimate,
     optim,
@@ -23,9 +25,12 @@ from sam2_jax import (
 )
 from sam2_jax.config_checks import flat_keys
 from sam2_jax.data import catalogue, pipeline
+from sam2_jax.loop import LoopSettings
 from sam2_jax.model.sam2 import Sam2, init_params
 from sam2_jax.records import wandb
 from sam2_jax.types import UserError
+
+LOSSES = ("loss", "loss_mask", "loss_dice", "loss_iou", "loss_class")  # of losses.total
 
 
 class Run(NamedTuple):
@@ -59,16 +64,57 @@ def workdir_of(text: str) -> pathlib.Path:
     return pathlib.Path(text)
 
 
+def evaluated(config: Any, sets: Sequence[validation.EvalSet]) -> list[str]:
+    """Names of what an evaluation finds of the model, as its row of metrics.jsonl has them."""
+    found = []
+    for name in [chosen.name for chosen in sets]:
+        for prompt in config.eval.prompts:
+            found += [validation.row_name(name, prompt, key) for key in ("J&F", "J", "F")]
+        if config.eval.loss_clips:
+            found += [validation.row_name(name, key) for key in LOSSES]
+    return found
+
+
+def check_best(config: Any, sets: Sequence[validation.EvalSet]) -> None:
+    """Raises `UserError` if no evaluation finds the metric by which the best checkpoint is chosen.
+
+    Where nothing is evaluated, or no best is kept, the metric may stay what it is by default.
+    """
+    best, found = config.checkpoint.best, evaluated(config, sets)
+    unasked = best == LoopSettings._field_defaults["best"]
+    if best in found or (unasked and not (found and config.checkpoint.keep_best)):
+        return
+    near = difflib.get_close_matches(best, found, n=len(found) or 1, cutoff=0.0)
+    choices = f"take one of {', '.join(near)}" if near else "give --config.data.eval_root"
+    raise UserError(
+        f"checkpoint.best={best} is nothing that the evaluation finds: {choices}"
+        + (", or checkpoint.keep_best=0 to keep none" if unasked else "")
+    )
+
+
 def prepare(config: Any, workdir: pathlib.Path) -> Run:
     """Checks everything that can be checked; raises `UserError` for what cannot work."""
-    if blocking := next((p for p in (workdir, *workdir.parents) if p.is_file()), None):
+    within = workdir / checkpoint.CHECKPOINTS
+    try:
+        blocking = next((p for p in (within, *within.parents) if p.is_file()), None)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be looked into ({error.strerror}: {error.filename}): take "
+            "another, or mend its permissions"
+        ) from error
+    if blocking:
         raise UserError(f"--workdir={workdir}: {blocking} is a file, not a folder; take another")
     if config.train.wandb:
         wandb()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
-    for part in config.data.mixture.values() or [config.data]:
+    entries = {f"data.mixture.{name}": entry for name, entry in config.data.mixture.items()}
+    for name, entry in (entries or {"data": config.data}).items():
         sharding.check_batch_size(
-            part.batch_size, mesh, jax.process_count(), config.train.accumulate
+            entry.batch_size,
+            mesh,
+            jax.process_count(),
+            config.train.accumulate,
+            f"{name}.batch_size",
         )
     model = recipe.make_config_model(config, mesh)
     optimizer, state, shapes = recipe.make_config_state(config, model)
@@ -77,6 +123,7 @@ def prepare(config: Any, workdir: pathlib.Path) -> Run:
     warning = memory_estimate.check(memory, limit)
     parts = catalogue.make_parts(config)
     eval_sets = validation.make_eval_sets(config)
+    check_best(config, eval_sets)
     latest = checkpoint.latest_step(workdir)
     if latest is not None:
         resume.check(workdir, flat_keys(config))
@@ -96,23 +143,21 @@ def prepare(config: Any, workdir: pathlib.Path) -> Run:
     )
 
 
-def same_everywhere(batches: pipeline.Loader) -> None:
-    """Do all processes train on the same clips? To be called on each of them.
+def same_everywhere(run: Run, batches: pipeline.Loader) -> None:
+    """Have all processes found the same clips and the same checkpoint? To be called on each.
 
     Raises:
-        UserError: they do not; each would deal out a stream of its own.
+        UserError: they have not; each would deal out a stream of its own, or go on from elsewhere.
     """
-    if jax.process_count() == 1:
-        return
-    own = batches.get_state()
-    numbers = [own["names"], *own["clips"].values()]
-    found = np.asarray(multihost_utils.process_allgather(np.array(numbers, np.uint32)))
-    if others := np.flatnonzero((found != found[0]).any(1)).tolist():
-        raise UserError(
-            f"process {others[0]} finds other training clips than process 0 "
-            f"({found[others[0], 1:].tolist()} and {found[0, 1:].tolist()} clips, or other names): "
-            "give all processes the same data"
-        )
+    position = batches.get_state()
+    found: dict[str, Any] = {f"clips of {name}": n for name, n in position["clips"].items()}
+    found["sum of their names"] = position["names"]
+    for chosen in run.eval_sets:
+        names = [chosen.source.video(i).name for i in range(len(chosen.source))]
+        about = f"{len(names)}, of names that sum to {zlib.crc32(chr(10).join(names).encode())}"
+        found[f"evaluation clips {chosen.name}".strip()] = about
+    found["last checkpoint"] = run.latest
+    cluster.agree(found, "give all processes the same data, and one --workdir that all of them see")
 
 
 def start(

@@ -1,16 +1,18 @@
 """From a config to the optimizer and the step that it describes."""
 
+import bisect
 import functools
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from sam2_jax import lora, losses, optim, partition, prompts, rules
+from sam2_jax import lora, losses, memory, optim, partition, prompts, rules
 from sam2_jax.encode import Shared
 from sam2_jax.model.classes import module_classes
-from sam2_jax.model.kernels import described, make_kernel
-from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
+from sam2_jax.model.kernels import Size, described, make_kernel
+from sam2_jax.model.sam2 import NUM_MEMORIES, Sam2, init_params, make_sam2
 from sam2_jax.objective import make_loss
 from sam2_jax.train import (
     Params,
@@ -56,7 +58,7 @@ def make_config_model(config: Any, mesh: Mesh) -> Sam2:
         UserError: the implementation of attention is none for these devices.
     """
     m = config.model
-    kernel = make_kernel(m.attention, mesh)
+    kernel = make_kernel(m.attention, mesh.devices.flat[0])
     dropouts = m.attention_dropout, m.dropout, m.drop_path
     model = make_sam2(m.variant, m.resolution, m.version, *dropouts, kernel)
     describe_attention(config, model)
@@ -64,9 +66,26 @@ def make_config_model(config: Any, mesh: Mesh) -> Sam2:
 
 
 def describe_attention(config: Any, model: Sam2) -> str:
-    """What its large attentions will be, in words; raises as `make_config_model`."""
-    dim, dropout = model.variant.hidden_dim, config.model.attention_dropout
-    return described(model.kernel, dim, config.train.precision, dropout)
+    """What its largest attentions are in a training step; raises as `make_config_model`.
+
+    Those of the trunk that see the whole image, and of memory attention, where dropout is, the
+    self-attention and that to the most memories which the longest clips have.
+    """
+    v, dropout = model.variant, config.model.attention_dropout > 0
+    stage = bisect.bisect(np.cumsum(v.stages), v.global_blocks[0])
+    image, top = ((model.resolution // (4 * 2**n)) ** 2 for n in (stage, 2))
+    sources = dict(config.data.mixture.items()) or {"data": config.data}
+    frames = max(source.num_frames for source in sources.values())
+    keys, masked = min(frames - 1, NUM_MEMORIES) * top, memory.outgrown(frames)
+    parts = {"trunk": (Size(image, image, v.embed_dim // v.num_heads), False)}
+    if frames > 1:
+        parts["memory, itself"] = Size(top, top, v.hidden_dim), dropout
+        parts["memory, earlier frames"] = Size(top, keys, v.hidden_dim, masked), dropout
+    names = {
+        part: described(model.kernel, size, config.train.precision, drops)
+        for part, (size, drops) in parts.items()
+    }
+    return "; ".join(f"{part}: {name}" for part, name in names.items())
 
 
 def make_config_state(config: Any, model: Sam2) -> tuple[optim.Optimizer, State, Params]:

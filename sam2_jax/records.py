@@ -16,21 +16,27 @@ from tensorboardX import SummaryWriter
 from sam2_jax.types import UserError
 
 
+def whole_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; none of a file that is not there.
+
+    What follows a torn row is left out: the run died while it wrote that one.
+    """
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
 def cut_after(path: pathlib.Path, step: int) -> None:
     """Drops the rows of a metrics.jsonl that are later than `step`, and a torn last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # the run died while it wrote this row: everything before is whole
-        if row["step"] <= step:
-            kept.append(line + "\n")
     whole = path.with_suffix(".tmp")
     with whole.open("w") as file:
-        file.writelines(kept)
+        file.writelines(json.dumps(x) + "\n" for x in whole_rows(path) if x["step"] <= step)
         file.flush()
         os.fsync(file.fileno())
     whole.replace(path)
@@ -38,8 +44,10 @@ def cut_after(path: pathlib.Path, step: int) -> None:
 
 def was_evaluated(path: pathlib.Path, step: int) -> bool:
     """Whether a metrics.jsonl has the row of an evaluation at `step`."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return any(row["step"] == step and any(k.startswith("eval/") for k in row) for row in rows)
+    return any(
+        row["step"] == step and any(name.startswith("eval/") for name in row)
+        for row in whole_rows(path)
+    )
 
 
 def plain(value: float) -> float | None:
@@ -48,7 +56,9 @@ def plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-METRICS = "metrics.jsonl"
+METRICS, BEST, WORST_FILE = "metrics.jsonl", "best.json", "worst.json"
+WORST = 10  # batches that are listed
+WorstRow = tuple[float, int, list[str]]  # loss, step, clips
 
 
 def wandb() -> Any:
@@ -100,7 +110,7 @@ class Records:
         if found:
             value, step = min(found) if is_lowest else max(found)
             text = json.dumps({"step": step, "metric": name, "value": value}) + "\n"
-            (self.path.parent / "best.json").write_text(text)
+            self._replace(BEST, text)
 
     def pictures(self, step: int, since: float) -> None:
         """Shows the overlays of the workdir that were drawn after the time `since`."""
@@ -112,10 +122,23 @@ class Records:
                 if self._wandb:
                     self._wandb.log({f"eval/{path.stem}": wandb().Image(pixels)}, step=step)
 
-    def worst(self, rows: Sequence[tuple[float, int, list[str]]]) -> None:
+    def worst(self, rows: Sequence[WorstRow]) -> None:
         """Writes worst.json: loss, step and clips of the batches with the highest losses."""
         text = [{"loss": plain(loss), "step": n, "clips": clips} for loss, n, clips in rows]
-        (self.path.parent / "worst.json").write_text(json.dumps(text, indent=1) + "\n")
+        self._replace(WORST_FILE, json.dumps(text, indent=1) + "\n")
+
+    def read_worst(self, step: int) -> list[WorstRow]:
+        """Those of steps up to `step`, as an earlier start wrote them."""
+        path = self.path.parent / WORST_FILE
+        rows = json.loads(path.read_text()) if path.exists() else []
+        found = [(row["loss"], row["step"], row["clips"]) for row in rows if row["step"] <= step]
+        return [(math.inf if loss is None else loss, n, clips) for loss, n, clips in found]
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file of the workdir so that it is the old one or the new one at any time."""
+        whole = self.path.parent / f"{name}.tmp"
+        whole.write_text(text)
+        whole.replace(self.path.parent / name)
 
     def sync(self) -> None:
         """Returns once every row is on disk: to be called before a checkpoint is written."""

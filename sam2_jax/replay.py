@@ -1,26 +1,33 @@
 """A step that was not finite: what is known of it, saved so that it can be repeated.
 
 `workdir/bad/STEP/` gets `report.json` (losses, norms of gradients, clips, the command), the state
-before the step and the batch.
+before the step and the batch, of which each process writes its rows. What several processes saved
+can be repeated by as many, or by one.
 """
 
 import json
 import math
 import pathlib
+import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sam2_jax import arrays, sharding
+from sam2_jax import arrays, reports, sharding, train
 from sam2_jax.records import plain
 from sam2_jax.train import RandomKey, State, TrainStep
 from sam2_jax.types import Batch, UserError
+from sam2_jax.updates import UpdateState
 
 BAD, REPORT, STATE = "bad", "report.json", "state"
+ROWS = "rows"  # of batch-N.npz: which rows of the whole batch it holds
+# Of scripts/train.py: they say where this process is, not what it computes
+PLACES = ("coordinator_address", "num_processes", "process_id")
 
 
 def culprits(values: dict[str, float]) -> list[str]:
@@ -29,6 +36,48 @@ def culprits(values: dict[str, float]) -> list[str]:
     terms = [name for name in bad if name.startswith("loss_")]
     grads = [name for name in bad if name.startswith("grad_norm/")]
     return [*terms, *grads] or bad
+
+
+def state_before(state: State, step: int, skipped_in_a_row: int) -> tuple[State, bool]:
+    """(state before a step that was not finite, whether it is that very state).
+
+    `state` is what followed it, one more step perhaps. Neither changed what is trained; only counts
+    are put back, as numpy arrays: of JAX's own, Orbax saves none that one process alone has. Every
+    group of the optimizer counts every step that was run, active in it or not; a parameter that is
+    not active has a count of its own. Where the step that followed was finite, which is possible
+    with `skip` alone, parameters and moments are those after it.
+    """
+    # Without `skip` the state counts no such step, but how many were run since
+    run = int(state.step) - (step - 1) or int(state.skipped)
+
+    def put_back(x: Any) -> Any:
+        return x._replace(step=np.asarray(x.step) - run) if isinstance(x, UpdateState) else x
+
+    groups = jax.tree.map(put_back, state.opt_state, is_leaf=lambda x: isinstance(x, UpdateState))
+    before = state._replace(
+        step=np.array(step - 1, np.int32),
+        opt_state=groups,
+        skipped=np.array(skipped_in_a_row - 1, np.int32),
+    )
+    return before, int(state.skipped) >= skipped_in_a_row
+
+
+def row_numbers(x: Any) -> np.ndarray:
+    """Which rows of a batch's array `sharding.local_rows` gives."""
+    rows = {shard.index[0].start or 0: len(shard.data) for shard in x.addressable_shards}
+    return np.concatenate([np.arange(start, start + rows[start]) for start in sorted(rows)])
+
+
+def without_places(command: Sequence[str]) -> list[str]:
+    """The arguments without those that say which process this is of how many."""
+    kept, value_follows = [], False
+    for argument in command:
+        name, given, _ = argument.lstrip("-").partition("=")
+        place = argument.startswith("-") and name in PLACES
+        if not place and not value_follows:
+            kept.append(argument)
+        value_follows = place and not given
+    return kept
 
 
 def save(
@@ -42,16 +91,18 @@ def save(
 ) -> UserError:
     """Writes the report and what repeats the step; the error that ends the run, to be raised.
 
-    To be called on all processes; each writes its share of the batch. `command` are the arguments
-    that scripts/train.py was started with.
+    To be called on all processes, with the state after the step or the one after that; returns
+    once all have written. `values` are the step's metrics, `command` the arguments that
+    scripts/train.py was started with.
     """
     folder = (workdir / BAD / str(step)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    before = state._replace(step=jnp.asarray(step - 1, jnp.int32), skipped=jnp.zeros((), jnp.int32))
+    before, exact = state_before(state, step, int(values["skipped_in_a_row"]))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / STATE, before._asdict(), force=True)
-    local = jax.tree.map(sharding.local_rows, batch)
-    np.savez(folder / f"batch-{jax.process_index()}.npz", **local._asdict())
+    local = jax.tree.map(sharding.local_rows, batch)._asdict()
+    local[ROWS] = row_numbers(batch.valid)
+    np.savez(folder / f"batch-{jax.process_index()}.npz", **local)
     wrong = culprits(values)
     if jax.process_index() == 0:
         report = {
@@ -59,9 +110,13 @@ def save(
             "not_finite": wrong,
             "values": {name: plain(value) for name, value in values.items()},
             "clips": list(clips),
-            "command": list(command),
+            "command": without_places(command),
+            "processes": jax.process_count(),
+            "exact": exact,
         }
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    # The first process to end takes the others with it
+    multihost_utils.sync_global_devices("what repeats the step is written")
     return UserError(
         f"step {step} is not finite ({', '.join(wrong[:4])}) on the clips {', '.join(clips[:4])}: "
         f"repeat it with scripts/train.py --replay={folder / REPORT}; then lower "
@@ -75,15 +130,42 @@ def repeat(
 ) -> dict[str, float]:
     """Runs the step again, checking for NaN; its metrics.
 
-    Raises FloatingPointError, with a traceback into the computation, where a NaN first appears.
+    Raises FloatingPointError, with a traceback into the computation, where a NaN first appears,
+    `UserError` where what was saved cannot be read, or not by so many processes.
     """
     folder = path.resolve().parent
+    batch = read_batch(path)
     wanted = like._asdict()
     arrays.check(folder / STATE, wanted, "this config")
     state = State(**arrays.read(folder / STATE, wanted))
-    with np.load(folder / f"batch-{jax.process_index()}.npz", allow_pickle=False) as file:
-        batch = Batch(**{name: file[name] for name in Batch._fields})
+    everywhere = sharding.replicated(mesh)
+    run_key = jax.jit(lambda key: key, out_shardings=everywhere)(run_key)
+    # Not donated: where a NaN is found the step is run again, operation by operation
+    step = jax.jit(step_fn, out_shardings=(train.state_shardings(like, mesh), everywhere))
     with jax.debug_nans(True):
-        # Not donated: where a NaN is found the step is run again, operation by operation
-        _, metrics = jax.jit(step_fn)(state, sharding.put_batch(batch, mesh), run_key)
+        _, metrics = step(state, sharding.put_batch(batch, mesh), run_key)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def read_batch(path: pathlib.Path) -> Batch:
+    """This process's rows of the batch that belongs to a report, numpy; on one process all."""
+    processes = reports.processes_of(path, reports.read_report(path), jax.process_count())
+    own = processes == jax.process_count()
+    parts = [jax.process_index()] if own else range(processes)
+    found: list[dict[str, np.ndarray]] = []
+    for part in parts:
+        file = path.resolve().parent / f"batch-{part}.npz"
+        try:
+            with np.load(file, allow_pickle=False) as values:
+                found.append(dict(values))
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"--replay={path}: {file.name} beside it cannot be read ({error}): put back what "
+                f"the run's {processes} process{'es' * (processes > 1)} wrote there"
+            ) from error
+    if own:
+        return Batch(*(found[0][name] for name in Batch._fields))
+    # On a torus the rows need not be in the order of the processes
+    _, places = np.unique(np.concatenate([values[ROWS] for values in found]), return_index=True)
+    whole = {name: np.concatenate([values[name] for values in found]) for name in Batch._fields}
+    return Batch(**{name: value[places] for name, value in whole.items()})

@@ -19,3 +19,15 @@ def read_report(path: pathlib.Path) -> dict[str, Any]:
             "the run named"
         ) from error
     raise UserError(f"--replay={path} is no report of a bad step: give the report.json of a run")
+
+
+def processes_of(path: pathlib.Path, report: dict[str, Any], now: int) -> int:
+    """How many processes saved what belongs to a report; `UserError` if `now` cannot repeat it."""
+    saved = report.get("processes", 1)  # reports of one process alone may lack it
+    if now not in {1, saved}:
+        raise UserError(
+            f"--replay={path} is of a run of {saved} process{'es' * (saved != 1)}, this one has "
+            f"{now}: repeat it on one process, without --num_processes"
+            + (f", or on {saved}" if saved > 1 else "")
+        )
+    return saved

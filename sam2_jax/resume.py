@@ -1,4 +1,7 @@
-"""The settings that a workdir was started with, and which of them may change when it goes on.
+"""The settings that a checkpoint was made with, and which may change when its run goes on.
+
+They are in every checkpoint. A workdir's config.json has those of its last start, and counts where
+the checkpoint does not say.
 
 | changed | what happens |
 |---|---|
@@ -18,6 +21,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from sam2_jax import checkpoint
 from sam2_jax.types import UserError, listed
 
 CONFIG = "config.json"
@@ -60,12 +64,22 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     return config
 
 
+def settings_before(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The settings, nested, of what a workdir goes on from; None if it holds nothing.
+
+    Raises `UserError` where they are damaged.
+    """
+    step = checkpoint.latest_step(workdir)
+    saved = None if step is None else checkpoint.read_settings(workdir, step)
+    return read_config(workdir) if saved is None else saved
+
+
 def changed_keys(workdir: pathlib.Path, flat: Mapping[str, Any]) -> dict[str, str]:
-    """Dotted key -> 'old -> new', of all in which `flat` differs from the workdir's config.json.
+    """Dotted key -> 'old -> new', of all in which `flat` differs from `settings_before`.
 
     Keys that only one of them has are among these.
     """
-    config = read_config(workdir)
+    config = settings_before(workdir)
     if config is None:
         return {}
     before = _flat(config)

@@ -54,21 +54,40 @@ def make_mesh(data: int, fsdp: int, model: int, devices: Sequence[Any] | None = 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, processes: int = 1, accumulate: int = 1) -> None:
-    """Raises `UserError` unless the mesh, and the processes that load, divide the batch.
+def check_batch_size(
+    batch_size: int,
+    mesh: Mesh,
+    processes: int = 1,
+    accumulate: int = 1,
+    key: str = "data.batch_size",
+) -> None:
+    """Raises `UserError`, which names `key`, unless mesh and processes that load divide the batch.
 
-    Of a batch in `accumulate` parts, each is to be divided by the mesh.
+    Of a batch in `accumulate` parts, each is to be divided by the mesh. Every video must belong to
+    one of the processes alone, since no two load the same one.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size < 1 or batch_size % shards or batch_size % processes:
         parts = accumulate > 1
         raise UserError(
-            f"data.batch_size={batch_size} must be a multiple of mesh.data * mesh.fsdp"
+            f"{key}={batch_size} must be a multiple of mesh.data * mesh.fsdp"
             + (" * train.accumulate" if parts else "")
             + f" = {mesh.shape['data']} * {mesh.shape['fsdp']}"
             + (f" * {accumulate}" if parts else "")
             + (f" and of the {processes} processes" if processes > 1 else "")
             + f"; take {math.lcm(shards, processes)} or a multiple of it, or fewer devices"
+        )
+    model = mesh.shape["model"]
+    groups = mesh.devices.reshape(-1, model)  # of devices that hold the same videos
+    # On a torus a group may lie across hosts though the numbers would allow one within each
+    across = any(len({device.process_index for device in group}) > 1 for group in groups)
+    if processes > 1 and (len(groups) % processes or across):
+        each = mesh.size // processes
+        smaller = [n for n in range(1, model) if model % n == 0 and each % n == 0]
+        raise UserError(
+            f"mesh.model={model} shares a video among devices of several processes (of "
+            f"{processes}, with {each} devices each), which load different videos: take "
+            f"mesh.model={max(smaller, default=1)}, so that those of a video belong to one process"
         )
 
 
@@ -116,11 +135,15 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays from this process's share of a batch of numpy arrays."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda local: jax.make_array_from_process_local_data(sharding, local), batch
-    )
+    """Global arrays from this process's share of a batch of numpy arrays, one of equal shares."""
+    sharding, processes = batch_sharding(mesh), jax.process_count()
+
+    def place(local: np.ndarray) -> jax.Array:
+        # Without the shape JAX would take shares of a video's devices for different videos
+        whole = (len(local) * processes, *local.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, local, whole)
+
+    return jax.tree.map(place, batch)
 
 
 def shares() -> Any:

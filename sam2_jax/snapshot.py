@@ -2,9 +2,11 @@
 
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from sam2_jax import base as bases
@@ -18,12 +20,15 @@ def save(
     optimizer: optim.Optimizer,
     data: dict[str, Any],
     base: bases.Base | None = None,
-    metrics: dict[str, float] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Starts to write checkpoint `step`; of a run with a `base` the trained parameters alone."""
+    """Starts to write checkpoint `step`; of a run with a `base` the trained parameters alone.
+
+    `settings` are the config's, as config.json has them.
+    """
     params = train.split_params(state.params, optimizer)[0] if base else state.params
     rest = rest_of(state)
-    checkpoint.save(manager, step, params, rest, data, state.ema, base, metrics)
+    checkpoint.save(manager, step, params, rest, data, state.ema, base, settings)
 
 
 def rest_of(state: train.State) -> dict[str, Any]:
@@ -54,6 +59,18 @@ def restore(
         if ema is None:
             ema = train.begin_ema(params, optimizer)
     return train.State(rest["step"], params, rest["moments"], ema, rest["skipped"]), data
+
+
+def count_anew(config: Any, state: train.State) -> train.State:
+    """A restored state with which a run can go on that skips no step (`train.not_finite` "stop").
+
+    One that skipped may have saved after a skipped step; such a count would hold this run for ever.
+    """
+    if config.train.not_finite != "stop":
+        return state
+    step: Any = state.step
+    # From numpy, so that devices of other processes get it too
+    return state._replace(skipped=jax.device_put(np.zeros((), np.int32), step.sharding))
 
 
 def load_base(config: Any, like: train.Params) -> tuple[train.Params, bases.Base]:

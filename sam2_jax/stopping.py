@@ -1,9 +1,11 @@
 """Being asked to end, and not being two: signals of schedulers, and the lock of a workdir."""
 
+import errno
 import fcntl
 import os
 import pathlib
 import signal
+import sys
 from types import FrameType
 from typing import IO
 
@@ -14,6 +16,12 @@ from sam2_jax.types import UserError
 
 STOPPED = 75  # exit status of a run that saved and may be started again (EX_TEMPFAIL)
 LOCK = ".lock"
+# Of file systems without locks: Lustre mounted without flock, some NFS
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class Interrupted(Exception):
+    """An evaluation was left for a request to end."""
 
 
 class Request:
@@ -34,6 +42,11 @@ class Request:
         self._asked = True
         signal.signal(number, signal.SIG_DFL)
 
+    def check(self) -> None:
+        """Raises `Interrupted` if this process alone was asked; several would have to agree."""
+        if self._asked:
+            raise Interrupted
+
     def __call__(self, step: int) -> bool:
         """Whether to save and end after this step; the same answer on all processes."""
         if jax.process_count() == 1:
@@ -44,10 +57,11 @@ class Request:
 def take(workdir: pathlib.Path) -> IO[str] | None:
     """Makes a workdir this run's own until the file returned is closed, or the process dies.
 
-    Of several processes the first one does it for all.
+    Of several processes the first one does it for all. Where the file system has no locks it warns
+    on stderr and goes on without.
 
     Raises:
-        UserError: another process has it, or it cannot be written to.
+        UserError: another process has it, or it cannot be written to or locked.
     """
     if jax.process_index():
         return None
@@ -61,7 +75,7 @@ def take(workdir: pathlib.Path) -> IO[str] | None:
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.seek(0)
         owner = file.read().strip() or "unknown"
         file.close()
@@ -69,6 +83,17 @@ def take(workdir: pathlib.Path) -> IO[str] | None:
             f"--workdir={workdir} is in use by process {owner}: wait for it, end it, or take "
             "another workdir"
         ) from error
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            file.close()
+            raise UserError(
+                f"--workdir={workdir} cannot be locked ({error.strerror}): take another workdir"
+            ) from error
+        print(
+            f"warning: the file system of --workdir={workdir} has no locks ({error.strerror}): "
+            "see to it that no second run is started there",
+            file=sys.stderr,
+        )
     file.truncate(0)
     file.write(f"{os.getpid()} on {os.uname().nodename}\n")
     file.flush()

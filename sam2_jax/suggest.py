@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from sam2_jax import compiled
+from sam2_jax import compiled, sharding
 from sam2_jax.compiled import Report
 from sam2_jax.config_checks import REMATS
 from sam2_jax.topology import Target
@@ -31,18 +31,34 @@ def settings(config: Any, devices: int) -> Iterator[list[Setting]]:
     """For each mesh the settings from the fastest to the leanest: recomputation costs most.
 
     Meshes: parameters and moments whole on every device, and split over all of up to eight.
+
+    Raises:
+        UserError: `mesh.model` does not fit the devices.
     """
-    left = devices // config.mesh.model
-    videos = compiled.heaviest_source(config)[1].batch_size // left
-    parts = [n for n in range(1, MOST_PARTS + 1) if videos % n == 0]
+    left, parts = _left_and_parts(config, devices)
     for fsdp in sorted({1, next(n for n in (8, 4, 2, 1) if left % n == 0)}):
         yield [Setting(fsdp, remat, part) for remat in REMATS for part in parts]
+
+
+def last_resort(config: Any, devices: int) -> list[Setting]:
+    """For where none of `settings` fits: the leanest, split over more than eight, up to all."""
+    left, parts = _left_and_parts(config, devices)
+    more = [n for n in range(9, left + 1) if left % n == 0]
+    return [Setting(fsdp, REMATS[-1], parts[-1]) for fsdp in more]
+
+
+def _left_and_parts(config: Any, devices: int) -> tuple[int, list[int]]:
+    """(devices over which videos are dealt out, parts in which those of one can be worked off)."""
+    left, *_ = sharding.mesh_shape(-1, 1, config.mesh.model, devices)
+    videos = compiled.heaviest_source(config)[1].batch_size // left
+    return left, [n for n in range(1, MOST_PARTS + 1) if videos % n == 0]
 
 
 def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
     """`settings`: reports of what was tried, the best first; `flags` of the best.
 
-    On every mesh what comes after the first that fits could only be slower, and is not tried.
+    On every mesh what comes after the first that fits could only be slower, and is not tried; nor
+    is `last_resort`, where anything fits.
 
     Raises:
         UserError: the memory of the machine is not known, or nothing fits.
@@ -50,10 +66,13 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
     if target.usable_bytes is None:
         raise UserError(f"--suggest: the memory of {target.name} is not known, so anything fits")
     ladders = list(settings(config, len(target.devices)))
-    most = sum(map(len, ladders))
+    last = last_resort(config, len(target.devices))
+    most = sum(map(len, [*ladders, last]))
     say(f"at most {most} compilations")
     tried: list[tuple[Setting, Report]] = []
-    for ladder in ladders:
+    for ladder in [*ladders, last]:
+        if ladder is last and any(found["fits"] for _, found in tried):
+            break
         for setting in ladder:
             say(f"compiling {len(tried) + 1} of at most {most}: {setting.flags()}")
             found = compiled.report(_with(config, setting), target, count_work=False)
@@ -66,8 +85,9 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
     if not report["fits"]:
         raise UserError(
             f"nothing fits {target.name}: the leanest that was tried takes "
-            f"{size(report['peak_bytes'])} of {size(target.usable_bytes)} a device; lower "
-            "model.resolution, data.num_frames or data.max_objects"
+            f"{size(report['peak_bytes'])} of {size(target.usable_bytes)} a device; set "
+            "train.segment (frames tracked at a time), or lower model.resolution, data.num_frames "
+            "or data.max_objects"
         )
     reports = [{"flags": setting.flags(), **found} for setting, found in tried]
     return {"flags": best.flags(), "settings": reports}
@@ -106,6 +126,8 @@ def words(found: Report) -> str:
     share = f", {found['peak_bytes'] / found['hbm_bytes']:.0%}" if found["hbm_bytes"] else ""
     seconds = found["estimated_seconds"]
     time = f", about {seconds:.3g} s a step" if seconds else ""
+    if time and found["kernels_without_estimate"]:
+        time += " and its kernels"
     return f"{size(found['peak_bytes'])}{share}: {fits}{time}"
 
 
@@ -142,10 +164,12 @@ def report_table(found: Report) -> str:
             for kind, row in (found["collectives"] or {}).items()
         ),
         ("least to be sent", size(found["least_collective_bytes"])),
-        ("bytes moved", size(found["bytes_accessed"])),
+        ("bytes moved, loops once", size(found["bytes_accessed"])),
     ]
-    for name in ("optimal_seconds", "estimated_seconds", "compile_seconds"):
+    for name in ("compile_seconds", "optimal_seconds", "estimated_seconds"):
         value = found[name]
         rows.append((name.replace("_", " "), "-" if value is None else f"{value:.3g} s"))
+    if found["kernels_without_estimate"]:
+        rows.append(("not in this estimate", f"{found['kernels_without_estimate']} kernel calls"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -4,14 +4,17 @@ TPUs come from libtpu's own descriptions of slices, GPUs from a description that
 of a device, CPUs are forced devices of this process.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from sam2_jax.rules import nearest
@@ -105,6 +108,29 @@ def open_target(name: str) -> Target:
         f"--topology={name}: '{family}' is unknown, did you mean '{nearest(family, known)}'? "
         f"There are {names()}"
     )
+
+
+@contextlib.contextmanager
+def answering_for(device: Any) -> Iterator[None]:
+    """Within it JAX traces cuDNN's attention as for `device`, which need not be there.
+
+    JAX asks the first device of this process what it can do, which on a machine that only compiles
+    is a CPU: it would refuse heads of more than 128. Other devices than GPUs change nothing.
+    """
+    found = str(getattr(device, "compute_capability", ""))
+    if not re.fullmatch(r"\d+\.\d+", found):
+        yield
+        return
+
+    def version(capability: str) -> tuple[int, ...]:
+        return tuple(map(int, capability.split(".")))
+
+    answers = {
+        "check_compute_capability": lambda least: version(found) >= version(least),
+        "is_cuda_compute_capability_equal": lambda other: version(found) == version(other),
+    }
+    with mock.patch.multiple(fused_attention_stablehlo, **answers):
+        yield
 
 
 def _count(name: str, size: str, most: int, host: int = 0) -> int:

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ def validate(
     workdir: str | Path,
     params: Any,
     step: int,
+    check: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Evaluates a model in training on all sets: lines on the screen, pictures in the workdir.
 
@@ -83,7 +84,7 @@ def validate(
     for metrics.jsonl, fractions: for each set and prompt `eval/SET/PROMPT/J&F`, `J` and `F`, and
     once a set the static baseline's `eval/SET/static J&F` and `static J`. The name of a set may be
     empty, and the prompt "mask" is not written. Pictures are `overlay.png` or `overlay-SET.png`,
-    of the first prompt.
+    of the first prompt. `check` is called before every clip; what it raises ends all.
     """
     row: dict[str, float] = {}
     copies = _copies(params)
@@ -96,7 +97,7 @@ def validate(
                 )
                 for copy in copies
             ]
-            results = _evaluate(config, predictors, chosen, prompt, sheet)
+            results = _evaluate(config, predictors, chosen, prompt, sheet, check)
             scores = {"J&F": results.jf, "J": results.j, "F": results.f}
             row |= {row_name(chosen.name, prompt, key): value for key, value in scores.items()}
             if jax.process_index():
@@ -122,6 +123,7 @@ def _evaluate(
     chosen: EvalSet,
     prompt: str,
     sheet: plots.Sheet,
+    check: Callable[[], None] | None,
 ) -> metrics.Results:
     """This process's share of a set, and what the others found in theirs."""
     source, clips = chosen.source, _share(config, chosen)
@@ -135,6 +137,7 @@ def _evaluate(
         sheet.watch if leads else None,
         leads,
         " ".join(part for part in ("evaluate", chosen.name, prompt) if part),
+        check,
     )
     order = {source.video(i).name: i for i in range(count)}
     rows = sorted(_gather(found), key=lambda row: order[row.clip])
@@ -174,5 +177,4 @@ def _copies(params: Any) -> list[Any]:
 @functools.lru_cache(maxsize=4)
 def _tracker(model: Any) -> video.Tracker:
     """One tracker per model, so that a later evaluation finds its programs compiled."""
-    # A clip is tracked by one device alone, whatever the model is trained on
-    return video.make_tracker(model.clone(kernel=model.kernel._replace(mesh=None)))
+    return video.make_tracker(model)

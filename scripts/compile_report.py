@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from sam2_jax import compiled, suggest, topology
+from sam2_jax import compiled, sharding, suggest, topology
 from sam2_jax import config as config_lib
 from sam2_jax.types import UserError
 
@@ -48,7 +48,9 @@ def settle(config: Any, target: topology.Target) -> None:
         if _VIDEOS.value < 1:
             raise UserError(f"--videos_per_device={_VIDEOS.value} must be at least 1")
         _, source = compiled.heaviest_source(config)
-        source.batch_size = _VIDEOS.value * len(target.devices) // config.mesh.model
+        m = config.mesh
+        data, fsdp, _ = sharding.mesh_shape(m.data, m.fsdp, m.model, len(target.devices))
+        source.batch_size = _VIDEOS.value * data * fsdp
     config_lib.finish(config)
 
 

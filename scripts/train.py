@@ -36,6 +36,7 @@ from sam2_jax import (
     checkpoint,
     cluster,
     eval_loss,
+    judging,
     loop,
     lora,
     optim,
@@ -148,7 +149,8 @@ def main(config: Any) -> int | None:
     connect()
     with cluster.ending_together():
         flat = config_lib.flat_keys(config)
-        cluster.same_settings(flat | {"--workdir": _WORKDIR.value, "--replay": _REPLAY.value})
+        flat |= {"--workdir": _WORKDIR.value, "--replay": _REPLAY.value}
+        cluster.agree(flat, "give all processes the same --config and the same options")
         if _REPLAY.value:
             return repeat(config, pathlib.Path(_REPLAY.value))
         return start(config)
@@ -162,7 +164,7 @@ def start(config: Any) -> int | None:
         config, run.parts, jax.process_index(), jax.process_count()
     )
     try:
-        preparing.same_everywhere(batches)
+        preparing.same_everywhere(run, batches)
         train_on(config, run, batches)
     except loop.Stopped as stopped:
         say(f"{stopped}; the same command goes on from there")
@@ -180,15 +182,18 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
     if run.latest is not None:
         changed = resume.changed_keys(run.workdir, config_lib.flat_keys(config))
         for key, change in changed.items():
-            say(f"note: changed since the last start: {key}: {change}")
+            say(f"note: changed since checkpoint {run.latest}: {key}: {change}")
     elif not config.checkpoint.init_from:
         say(
             f"warning: starting from random weights; official ones are at {WEIGHTS}, to be given "
             "as --config.checkpoint.init_from=FILE.pt"
         )
     state, origin, base = preparing.start(config, run, batches)
+    state = snapshot.count_anew(config, state)
     introduce(config, run, origin)
-    if run.latest is not None and run.latest >= config.train.steps:
+    latest = run.latest or 0
+    owed = run.eval_sets and latest and loop.owes_evaluation(run.workdir, latest)
+    if latest >= config.train.steps and not (owed and latest == config.train.steps):
         say(f"nothing to do: step {run.latest} of {config.train.steps} is done")
         return
     if jax.process_index() == 0:
@@ -198,7 +203,7 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
         if jax.process_index() == 0:
             plots.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "loss.png")
 
-    evaluate = None
+    evaluate, request = None, stopping.Request()
     if run.eval_sets:
         validate = functools.partial(
             validation.validate, config, run.model, run.eval_sets, run.workdir
@@ -206,10 +211,12 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
         merge = jax.jit(functools.partial(lora.merge, rules=config.lora.rules))
 
         def evaluation(state: train.State, step: int) -> dict[str, float]:
+            with checkpoint.writing(run.workdir):
+                manager.wait_until_finished()  # an evaluation may end this process
             params = train.best_params(state)
             if config.lora.rules:
                 params = merge(params)
-            return validate(params, step) | loss_of(params, step)
+            return validate(params, step, request.check) | loss_of(params, step)
 
         evaluate = evaluation
 
@@ -221,15 +228,18 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
 
     step_fn = recipe.make_config_step(config, run.model, run.optimizer, run.mesh)
     say("compiling the step, which takes minutes the first time ...")
-    with (
-        checkpoint.writing(run.workdir),
-        checkpoint.make_manager(run.workdir, checkpoint.make_keep(config)) as manager,
-    ):
+    settings = config.to_dict()
+    with checkpoint.opened(run.workdir, checkpoint.make_keep(config)) as manager:
 
-        def save(step: int, state: train.State, metrics: dict[str, float]) -> None:
-            data = batches.get_state()
-            snapshot.save(manager, step, state, run.optimizer, data, base, metrics)
+        def save(step: int, state: train.State) -> None:
+            with checkpoint.writing(run.workdir):
+                data = batches.get_state()
+                snapshot.save(manager, step, state, run.optimizer, data, base, settings)
             draw()
+
+        def judge(step: int, row: dict[str, float]) -> None:
+            with checkpoint.writing(run.workdir):
+                judging.judge(manager, step, row)
 
         loop.run_loop(
             state,
@@ -242,13 +252,13 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
             hooks=loop.Hooks(
                 save,
                 evaluate,
+                judge if config.checkpoint.keep_best else None,
                 batches.source_of if len(run.parts) > 1 else None,
                 batches.clips_of,
-                stopping.Request(),
+                request,
                 bad_step,
             ),
         )
-        manager.wait_until_finished()
     draw()
     summarise(run.workdir)
 
@@ -262,9 +272,12 @@ def summarise(workdir: pathlib.Path) -> None:
 def repeat(config: Any, path: pathlib.Path) -> None:
     """--replay: one step again, checking for NaN."""
     report = reports.read_report(path)
+    reports.processes_of(path, report, jax.process_count())
     run = prepare(config)
     say(f"repeating step {report['step']}, not finite: {', '.join(report['not_finite'])}")
     say(f"clips: {', '.join(report['clips'])}")
+    if not report.get("exact", True):
+        say("note: the parameters are those after the step that followed, which was finite")
     step_fn = recipe.make_config_step(config, run.model, run.optimizer, run.mesh)
     key = jax.random.key(config.seed)
     metrics = replay.repeat(path, step_fn, run.like, run.mesh, key)

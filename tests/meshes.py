@@ -4,9 +4,10 @@
     python -m tests.meshes --only=2x4,4x1 --folder=/tmp/meshes
 
 A mesh is DATAxFSDP, or PROCESSES*DATAxFSDP. Prints a Markdown table of the largest relative
-difference in the loss of a step and of the evaluation, and of the distance of the final parameters from those of one
-device in units of their norm. Nano in float32 with dropout, eight videos a batch, on CPU devices.
-Takes a minute or two a mesh. Exit status 1 if a loss or the parameters differ by more than 1e-5.
+difference in the loss of a step and of the evaluation, and of the distance of the final parameters
+from those of one device in units of their norm. Nano in float32, eight videos a batch, on CPU
+devices. Takes a minute or two a mesh. Exit status 1 if a loss or the parameters differ by more than
+1e-5.
 """
 
 import argparse

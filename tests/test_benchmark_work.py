@@ -96,6 +96,14 @@ def test_plans_cost_what_they_do(counted):
         assert total(once[name]) < total(again[name])
 
 
+def test_adapters_pay_for_their_way_back():
+    """As for a kernel that is trained: that of the product, of which its factors' follow."""
+    config, given = small_config(2, 1), {"mask2": plans.make("mask2", 2, 7)}
+    config.lora.rules = ((("image_encoder/trunk/*",), 2, 2.0),)
+    passes = parts.by_part(ours.count(config, given)["mask2"])["image encoder"]
+    assert 1.8 < passes[parts.BACKWARD] / passes[parts.FORWARD] < 2
+
+
 def test_parts_and_passes_add_up(counted):
     once, again = counted
     found = parts.by_part(once["mask1"])

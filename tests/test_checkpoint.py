@@ -1,5 +1,6 @@
 """Saving, resuming, starting from other weights, and what they refuse."""
 
+import errno
 import shutil
 
 import jax
@@ -162,3 +163,43 @@ def test_folders_and_files_are_identified(tmp_path, saved):
         assert initial.identify(tmp_path / name) == ("nano", "2.0")
     with pytest.raises(UserError, match="checkpoints/2/params: tensors that no SAM 2 has: neck/"):
         initial.identify(saved / "checkpoints/2/params")
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        ValueError("Error writing local file: Disk quota exceeded [os_error_code='122']"),
+    ],
+)
+def test_a_full_disk_at_the_end_is_one_sentence(saved, monkeypatch, error):
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "close", failing(error))
+    with (
+        pytest.raises(UserError, match=r"your quota or the disk is full\); .* is of step 4"),
+        checkpoint.opened(saved, checkpoint.Keep(2)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("peer"), ValueError("other")])
+def test_what_else_fails_beside_an_open_manager_is_itself(saved, error):
+    with pytest.raises(type(error)) as raised, checkpoint.opened(saved, checkpoint.Keep(2)):
+        raise error
+    assert raised.value is error
+
+
+def test_the_settings_are_in_the_checkpoint(saved):
+    settings = {"optim": {"frozen": ("a", "b")}, "seed": 3}
+    with checkpoint.opened(saved, checkpoint.Keep(2)) as manager:
+        checkpoint.save(manager, 6, tree(6), tree(6), {}, settings=settings)
+    found = checkpoint.read_settings(saved, 6)
+    assert found == {"optim": {"frozen": ["a", "b"]}, "seed": 3}
+    assert checkpoint.read_settings(saved, 4) is None

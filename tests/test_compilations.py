@@ -15,9 +15,9 @@ def test_one_program_for_every_shape_of_batch(tmp_path):
     state, step, _ = setup(ALONE)
     programs = [0]  # compiled before the first batch, then with each
 
-    def listen(name, seconds, **kwargs):
-        del seconds, kwargs
-        if name == COMPILED:
+    def listen(event, duration_secs, **kwargs):
+        del duration_secs, kwargs
+        if event == COMPILED:
             programs[-1] += 1
 
     def batches():
@@ -32,7 +32,7 @@ def test_one_program_for_every_shape_of_batch(tmp_path):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         settings = loop.LoopSettings(steps=10, log_every=1, eval_every=0, save_every=5)
-        hooks = loop.Hooks(save=lambda step, state, metrics: None)
+        hooks = loop.Hooks(save=lambda step, state: None)
         key = jax.random.key(0)
         loop.run_loop(state, step, batches(), key, settings, ALONE, workdir=tmp_path, hooks=hooks)
     finally:

@@ -17,6 +17,10 @@ ROOT = pathlib.Path(__file__).parents[1]
         (["--topology=cpu:3"], "data.batch_size=8 must be a multiple of"),
         (["--topology=cpu:4", "--config.mesh.fsdp=3"], "mesh.fsdp=3"),
         (["--topology=cpu:2", "--videos_per_device=0"], "--videos_per_device=0 must be"),
+        (
+            ["--topology=cpu:2", "--videos_per_device=1", "--config.mesh.model=0"],
+            "mesh.model=0: each",
+        ),
         (["--topology=cpu:2", "--attention=flesh"], "did you mean 'flash'"),
         (["--topology=cpu:2", "--suggest"], "the memory of cpu:2 is not known"),
     ],

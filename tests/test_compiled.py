@@ -1,13 +1,15 @@
 """The report of a compiled step: memory, collectives, work; and machines by name."""
 
 import functools
+from typing import Any
 
 import jax
 import pytest
 
 from configs import mixture, mose
-from sam2_jax import compiled, suggest, topology
+from sam2_jax import compiled, recipe, sharding, suggest, topology
 from sam2_jax import config as config_lib
+from sam2_jax.model.kernels import Kernel
 from sam2_jax.types import UserError
 
 DEVICES = 4  # of the tests; see conftest.py
@@ -57,6 +59,36 @@ def test_no_more_is_sent_than_must_be():
     found = small_report(2)
     sent = sum(row["bytes"] for row in found["collectives"].values())
     assert found["least_collective_bytes"] * 0.99 <= sent <= 1.2 * found["least_collective_bytes"]
+
+
+def test_the_least_counts_devices_that_share_a_video():
+    def least(fsdp, model, videos):
+        config = small_config(fsdp=fsdp, **{"mesh.model": model, "data.batch_size": videos})
+        return compiled.least_collective_bytes(config, compiled.make_parts(config, jax.devices()))
+
+    assert least(2, 2, 2) == least(2, 1, 4)
+    assert least(1, 4, 1) == least(1, 1, 4) > 0
+
+
+def test_attention_is_told_by_part_and_real_size():
+    def told(kernel, **changes):
+        usual: dict[str, Any] = {"model.attention_dropout": 0.0, "model.resolution": 1024}
+        usual |= {"train.precision": "bfloat16"} | changes
+        config = small_config(**usual)
+        mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        model = recipe.make_config_model(config, mesh).clone(kernel=kernel)
+        return recipe.describe_attention(config, model).split("; ")
+
+    h100 = Kernel("auto", "gpu", (9, 0))
+    own, earlier = "memory, itself", "memory, earlier frames"
+    assert told(h100) == ["trunk: cudnn", f"{own}: cudnn", f"{earlier}: cudnn"]
+    # Longer than the bank: with a mask
+    assert told(h100, frames=9) == ["trunk: cudnn", f"{own}: cudnn", f"{earlier}: blockwise"]
+    dropped = told(h100, **{"model.attention_dropout": 0.1})
+    assert dropped == ["trunk: cudnn", f"{own}: blockwise", f"{earlier}: blockwise"]
+    small = told(h100, **{"model.resolution": 256})
+    assert small == ["trunk: xla", f"{own}: xla", f"{earlier}: xla"]
+    assert told(h100, frames=1) == ["trunk: cudnn"]
 
 
 def test_state_bytes_fall_with_fsdp():
@@ -115,18 +147,65 @@ def test_memory_that_the_compiler_misses():
     assert compiled._needed_bytes("INTERNAL: no such kernel") == 0
 
 
+def test_a_report_without_a_program_has_the_same_rows(monkeypatch):
+    def refuse(*_):
+        message = "Ran out of memory on HBM, the total memory required for HLO temporaries (20.50G)"
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message} exceeds available HBM.")
+
+    monkeypatch.setattr(compiled, "compile_step", refuse)
+    target = topology.open_target(f"cpu:{DEVICES}")._replace(hbm_bytes=50, usable_bytes=50)
+    found = compiled.report(small_config(), target, count_work=False)
+    assert found["fits"] is False and found["loops_counted_once"] is None
+    assert found.keys() == small_report(2).keys()
+    assert "20.50 GiB" in suggest.report_table(found)
+
+
+def made_up(need):
+    """A report of memory alone, by a function of the config."""
+
+    def report(config, target, count_work):
+        peak = need(config)
+        base = {"hbm_bytes": 50, "estimated_seconds": None, "collectives": {}}
+        return base | {"peak_bytes": peak, "fits": peak <= target.usable_bytes}
+
+    return report
+
+
+def test_the_last_resort_is_to_share_among_more_than_eight(monkeypatch):
+    target = topology.open_target(f"cpu:{DEVICES}")._replace(
+        hbm_bytes=50, usable_bytes=50, devices=[None] * 64
+    )
+    config, said = small_config(fsdp=1, **{"data.batch_size": 64}), []
+    monkeypatch.setattr(compiled, "report", made_up(lambda c: 1600 // c.mesh.fsdp))
+    found = suggest.search(config, target, said.append)
+    assert "fsdp=32" in found["flags"] and "remat=full" in found["flags"]
+    assert len(found["settings"]) == 3 + 3 + 2 and said[0] == "at most 9 compilations"
+    monkeypatch.setattr(compiled, "report", made_up(lambda c: 80 // c.mesh.fsdp))
+    assert len(suggest.search(config, target, said.append)["settings"]) == 3 + 1
+
+
+@pytest.mark.parametrize("size", [0, -1, 3])
+def test_suggest_says_what_is_wrong_with_the_mesh(size):
+    config = small_config(fsdp=1)
+    config.mesh.model = size
+    with pytest.raises(UserError, match=f"mesh.model={size}"):
+        list(suggest.settings(config, DEVICES))
+
+
+def test_kernels_that_are_not_in_the_estimate_are_told():
+    found = small_report(2) | {"estimated_seconds": 0.5, "kernels_without_estimate": 12}
+    assert suggest.words(found).endswith("about 0.5 s a step and its kernels")
+    assert "12 kernel calls" in suggest.report_table(found)
+
+
 def test_search_ranks_what_fits(monkeypatch):
     """Memory of every setting is made up: `none` fits nowhere, `frame` with parameters split."""
 
-    def report(config, target, count_work):
-        assert not count_work
-        need = {"none": 100, "frame": 60, "full": 30}[config.train.remat] - 20 * (
-            config.mesh.fsdp > 1
-        )
-        base = {"hbm_bytes": 50, "fits": need <= target.usable_bytes, "estimated_seconds": None}
-        return base | {"peak_bytes": need, "collectives": {}}
+    def need(config):
+        whole = {"none": 100, "frame": 60, "full": 30}[config.train.remat]
+        return whole - 20 * (config.mesh.fsdp > 1)
 
-    monkeypatch.setattr(compiled, "report", report)
+    monkeypatch.setattr(compiled, "report", made_up(need))
     target = topology.open_target(f"cpu:{DEVICES}")._replace(hbm_bytes=50, usable_bytes=50)
     said = []
     found = suggest.search(small_config(fsdp=1), target, said.append)
@@ -135,7 +214,7 @@ def test_search_ranks_what_fits(monkeypatch):
     # Per mesh: up to the first that fits
     assert len(found["settings"]) == 3 + 2
     assert [row["fits"] for row in found["settings"]] == [True, True, False, False, False]
-    with pytest.raises(UserError, match="nothing fits"):
+    with pytest.raises(UserError, match="nothing fits.*train.segment"):
         suggest.search(small_config(fsdp=1), target._replace(usable_bytes=5), said.append)
 
 

@@ -101,6 +101,10 @@ def test_every_key_is_read():
         ("data.instances.max_area", 0.0, "greater than 0"),
         ("data.weight", -0.5, "at least 0"),
         ("data.weight", 0.5, "data.mixture is empty: take 0"),
+        ("eval.prompts", (), "take ('mask',)"),
+        ("loss.mask", float("nan"), "loss.mask=nan must be finite"),
+        ("loss.object_class", float("inf"), "must be finite"),
+        ("train.profile_steps", (9_999, 10_001), "not beyond train.steps=10000"),
     ],
 )
 def test_values_that_cannot_work_are_named(key, value, words):
@@ -146,6 +150,67 @@ def test_unknown_keys_are_named_as_typed():
     config_lib.check_overrides(SMOKE, ["--config.train.steps=3", "--workdir=x"])
     with pytest.raises(UserError, match="'train.stepz': did you mean 'train.steps'"):
         config_lib.check_overrides(SMOKE, ["--config.train.stepz=3"])
+
+
+def test_a_mixture_has_no_settings_of_a_single_source():
+    path = str(ROOT / "configs/mixture.py")
+    for key in ("num_frames", "batch_size", "augment.degrees", "sav.ann_every"):
+        with pytest.raises(UserError, match=f"set --config.data.mixture.NAME.{key}, .*sa1b, sav"):
+            config_lib.check_overrides(path, [f"--config.data.{key}=1"])
+        config_lib.check_overrides(SMOKE, [f"--config.data.{key}=1"])
+    for key in ("root", "eval_root", "workers", "folder.resolution", "mixture.sav.num_frames"):
+        config_lib.check_overrides(path, [f"--config.data.{key}=1"])
+
+
+def test_frames_of_a_single_source_do_not_matter_to_a_mixture():
+    config = mixture.get_config("tiny")
+    config.data.num_frames, config.train.segment = 7, 4
+    config_lib.check(config)
+    config.data.mixture.sav.num_frames = 7
+    with pytest.raises(UserError, match="must divide data.mixture.sav.num_frames=7"):
+        config_lib.check(config)
+
+
+def test_evaluation_sets_are_named_on_the_command_line():
+    """And kept in the arguments, with which a bad step is repeated."""
+    code = """import sys
+from sam2_jax import config
+config.run(lambda c: print(c.eval.sets.to_dict(), c.train.steps, c.is_locked, *sys.argv[1:]))"""
+    given = ["--config.eval.sets.far=a=b/c", f"--config={SMOKE}", "--config.eval.sets.x-1", "2016"]
+    command = [sys.executable, "-c", code, *given, "--config.train.steps=3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split("} ")[0] == "{'far': 'a=b/c', 'x-1': '2016'", done.stderr
+    assert done.stdout.split("} ")[1].split() == [
+        "3",
+        "True",
+        f"--config={SMOKE}",
+        "--config.eval.sets.far=a=b/c",
+        "--config.eval.sets.x-1",
+        "2016",
+        "--config.train.steps=3",
+    ]
+
+
+def test_what_is_no_evaluation_set():
+    assert config_lib.split_sets(["--config.eval.sets.a=b", "-c"]) == ({"a": "b"}, ["-c"])
+    with pytest.raises(UserError, match="eval.sets.far names no folder"):
+        config_lib.split_sets(["--config.eval.sets.far"])
+    with pytest.raises(UserError, match="'eval.set.far': did you mean 'eval.sets.NAME'"):
+        config_lib.check_overrides(SMOKE, ["--config.eval.set.far=x"])
+    for name, root, words in [
+        ("far", "", "must be a folder"),
+        ("far", 3, "must be a folder"),
+        ("far/off", "x", "letters, digits"),
+        ("box", "x", "and not mask, box"),
+        ("click3", "x", "and not mask, box"),
+    ]:
+        config = default.get_config()
+        config.eval.sets[name] = root
+        with pytest.raises(UserError, match=f"eval.sets.{name}.*{words}"):
+            config_lib.check(config)
+    config = default.get_config()
+    config.eval.sets.boxes = "x"
+    config_lib.check(config)
 
 
 def test_files_and_variants_are_named():

@@ -52,6 +52,8 @@ PROGRAM = """HloModule jit_step, num_partitions=4
   %which = s32[] get-tuple-element(%d), index=0
   %x = f32[4]{0} get-tuple-element(%d), index=1
   %y = f32[4]{0} conditional(%which, %x, %x), branch_computations={%quiet, %loud}
+  %k = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={}
+  %k2 = f32[4]{0} custom-call(%x), custom_call_target="AllocateBuffer"
   %y2 = f32[4]{0} all-reduce(%y), channel_id=1, backend_config={"estimated_cycles":"10"}
   ROOT %out = (s32[], f32[4]{0}) tuple(%which, %y2)
 }
@@ -89,7 +91,34 @@ def test_loops_branches_and_stages():
         "reduce-scatter": {"count": 1, "bytes": 8 * 4 * 4},
     }
     assert found.cycles == 100 + (5 + 3) * 10
+    assert found.kernels == 5 + 3  # one in the body, of which no cycles are known
     assert found.unknown_loops == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "size"),
+    [
+        # As the compiler for GPUs writes them: ((operands), (results))
+        (
+            "((f32[8,4]{1,0}, bf16[2]{0}), (f32[2,4]{1,0}, bf16[1]{0})) "
+            "reduce-scatter-start(%p0, %p1)",
+            "reduce-scatter",
+            8 * 4 * 4 + 2 * 2,
+        ),
+        ("((f32[8,4]{1,0}), f32[8,4]{1,0}) all-to-all-start(%p0)", "all-to-all", 8 * 4 * 4),
+        ("((bf16[2]{0}), (bf16[8]{0})) all-gather-start(%p1)", "all-gather", 16),
+        ("(bf16[2]{0}, bf16[2]{0}) all-reduce-start(%p1, %p1)", "all-reduce", 8),
+    ],
+)
+def test_operands_in_the_shape_are_not_sent_twice(line, kind, size):
+    text = f"""ENTRY %main (p0: f32[8,4], p1: bf16[2]) -> f32[8,4] {{
+  %p0 = f32[8,4]{{1,0}} parameter(0)
+  %p1 = bf16[2]{{0}} parameter(1)
+  %start = {line}, channel_id=1
+  ROOT %r = f32[8,4]{{1,0}} copy(%p0)
+}}
+"""
+    assert hlo.by_kind(hlo.totals(text)) == {kind: {"count": 1, "bytes": size}}
 
 
 def test_a_loop_of_unknown_length_is_counted_once_and_told():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2_jax import arrays, base, checkpoint, integrity, sharding
+from sam2_jax import arrays, base, checkpoint, integrity, judging, sharding
 from sam2_jax.types import UserError
 
 BASE = base.Base("/weights.pt", "0" * 32, ((("*",), 2, 1.0),))
@@ -43,7 +43,8 @@ def run(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("run")
     with checkpoint.make_manager(workdir, KEEP) as manager:
         for step in (2, 4):
-            checkpoint.save(manager, step, tree(0), rest(), DATA, tree(2), BASE, METRICS)
+            checkpoint.save(manager, step, tree(0), rest(), DATA, tree(2), BASE)
+            judging.judge(manager, step, METRICS)
     return workdir
 
 
@@ -136,11 +137,13 @@ def test_checkpoints_without_sums_are_taken(run, tmp_path):
 def test_an_unknown_metric_is_the_worst(tmp_path):
     # checkpoint.best may change from one start to the next
     with checkpoint.make_manager(tmp_path, checkpoint.Keep(1, best=1)) as manager:
-        checkpoint.save(manager, 1, tree(0), rest(), DATA, metrics=METRICS)
+        checkpoint.save(manager, 1, tree(0), rest(), DATA)
+        judging.judge(manager, 1, METRICS)
     keep = checkpoint.Keep(1, best=1, metric="eval/loss", lowest=True)
     for step, loss in ((2, 3.0), (3, 4.0)):
         with checkpoint.make_manager(tmp_path, keep) as manager:
-            checkpoint.save(manager, step, tree(0), rest(), DATA, metrics={"eval/loss": loss})
+            checkpoint.save(manager, step, tree(0), rest(), DATA)
+            judging.judge(manager, step, {"eval/loss": loss})
     assert checkpoint.steps_of(tmp_path) == [2, 3]
 
 

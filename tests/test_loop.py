@@ -1,5 +1,6 @@
 """The loop on a model of two matrices: exact resume, what is kept, being stopped, bad steps."""
 
+import functools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import pytest
 
 from sam2_jax import (
     checkpoint,
+    judging,
     loop,
     progress,
     replay,
@@ -69,9 +71,8 @@ def fit(
         source.data.set_state(position)
     manager = checkpoint.make_manager(workdir, keep)
 
-    def save(n, now, metrics):
-        data = source.data.get_state()
-        snapshot.save(manager, n, now, optimizer, data, metrics=metrics)
+    def save(n, now):
+        snapshot.save(manager, n, now, optimizer, source.data.get_state())
 
     def evaluate(now, n):
         if n == kill_at:
@@ -99,6 +100,7 @@ def fit(
             hooks=loop.Hooks(
                 save,
                 evaluate,
+                functools.partial(judging.judge, manager) if keep.best else None,
                 clips_of=source.data.clips_of,
                 should_stop=lambda n: n == stop_at,
                 bad_step=bad_step,
@@ -177,7 +179,7 @@ def test_rows_and_checkpoints(tmp_path):
     assert whole[1]["videos_per_second"] == pytest.approx(4 * whole[1]["steps_per_second"])
     assert whole[1]["frames_per_second"] == pytest.approx(3 * whole[1]["videos_per_second"])
     assert 0 <= whole[1]["data_wait"] <= 1
-    assert kept(tmp_path) == [8, 10]
+    assert kept(tmp_path) == [9, 10]
     assert list((tmp_path / "tensorboard").glob("events*"))
     worst = json.loads((tmp_path / "worst.json").read_text())
     assert len(worst) == 10 and worst[0]["loss"] >= worst[1]["loss"]
@@ -186,10 +188,12 @@ def test_rows_and_checkpoints(tmp_path):
 
 def test_the_best_and_every_so_many_are_kept_too(tmp_path):
     keep = checkpoint.Keep(last=1, every=4, best=1)
-    fit(tmp_path, sharding.make_mesh(4, 1, 1), keep=keep, save_at_eval=True)
+    fit(tmp_path, sharding.make_mesh(4, 1, 1), keep=keep)
     found = {r["step"]: r["eval/J&F"] for r in rows(tmp_path) if "eval/J&F" in r}
     best = max(found, key=lambda step: found[step])
-    assert kept(tmp_path) == sorted({4, 8, 10, best})
+    assert best == 10
+    # That of step 9 was the best when step 10 was saved, before it was evaluated
+    assert kept(tmp_path) == [4, 8, 9, 10]
     assert json.loads((tmp_path / "best.json").read_text())["step"] == best
 
 
@@ -197,7 +201,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_can_be_repeated(tmp_path):
     mesh = sharding.make_mesh(4, 1, 1)
     with pytest.raises(UserError, match=r"step 7 is not finite \(loss_mask.*clip6.*--replay="):
         fit(tmp_path, mesh, bad=(7,))
-    assert kept(tmp_path) == [4]
+    assert kept(tmp_path) == [4, 6]
     assert rows(tmp_path)[-1]["step"] == 6
     path = tmp_path / "bad/7/report.json"
     report = reports.read_report(path)

@@ -1,5 +1,7 @@
 """Memory of a step before it is compiled: what is exact, what it follows, when it stops a run."""
 
+import functools
+
 import jax
 import pytest
 
@@ -10,12 +12,22 @@ from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.types import UserError
 
 
-def estimated(devices=1, **changes):
+def configured(devices, changes):
     config = mose.get_config("nano")
     config.data.batch_size = devices
     config.update_from_flattened_dict(changes)
-    config = config_lib.finish(config)
-    parts = compiled.make_parts(config, jax.devices()[:devices])
+    return config_lib.finish(config)
+
+
+@functools.cache
+def parts_of(devices, changes):
+    return compiled.make_parts(configured(devices, dict(changes)), jax.devices()[:devices])
+
+
+def estimated(devices=1, **changes):
+    shaping = {k: v for k, v in changes.items() if k.startswith(("model.", "mesh."))}
+    parts = parts_of(devices, tuple(sorted(shaping.items())))
+    config = configured(devices, changes)
     return memory_estimate.estimate(config, parts.model, parts.state, parts.mesh)
 
 
@@ -56,6 +68,43 @@ def test_a_mesh_shares_the_state():
     alone, shared = estimated(devices=4), estimated(devices=4, **{"mesh.fsdp": 4})
     assert shared["optimizer"] < 0.5 * alone["optimizer"]
     assert shared["image encoder"] == alone["image encoder"]
+
+
+LONG = {"data.num_frames": 64, "data.max_objects": 3, "model.resolution": 512}
+BY_FRAME = ("image features", "image encoder", "masks")
+
+
+@pytest.mark.parametrize("remat", ["none", "frame", "full"])
+def test_of_a_long_clip_a_segment_is_held(remat):
+    """And of the whole its images and masks, and a bank for each segment."""
+    policy = {"train.remat": remat}
+    whole = estimated(1, **LONG | policy)
+    short = estimated(1, **LONG | policy | {"data.num_frames": 8})
+    found = estimated(1, **LONG | policy | {"train.segment": 8})
+    assert {name: found[name] for name in BY_FRAME} == {name: short[name] for name in BY_FRAME}
+    assert found["memory attention"] <= 1.1 * short["memory attention"]  # more pointers
+    assert found["clips"] == whole["clips"] == 8 * short["clips"]
+    one_bank = 3 * 7 * 32**2 * 32 * 4  # objects, memories, tokens, channels, bytes
+    assert found["memories"] - short["memories"] == 8 * one_bank
+    assert memory_estimate.total(found) < 0.5 * memory_estimate.total(whole)
+    for enough in (64, 128):  # no segments
+        assert estimated(1, **LONG | policy | {"train.segment": enough}) == whole
+
+
+def test_a_bank_has_room_for_so_many_memories_however_long_the_clip():
+    longer = LONG | {"data.num_frames": 128}
+    assert estimated(1, **longer)["memories"] == 2 * estimated(1, **LONG)["memories"]
+
+
+def test_devices_of_a_video_share_its_frames_and_objects():
+    """8 frames on 3 devices: 3, 3 and 2; 4 objects: 2, 1 and 1."""
+    clip = {"data.num_frames": 8, "data.max_objects": 4, "data.batch_size": 1}
+    alone, shared = estimated(1, **clip), estimated(3, **clip | {"mesh.model": 3})
+    for name in ("memories", "memory attention", "masks"):
+        assert shared[name] == alone[name] // 2, name
+    assert shared["image encoder"] == alone["image encoder"] // 8 * 3
+    for name in ("clips", "image features", "parameters", "optimizer"):
+        assert shared[name] == alone[name], name
 
 
 def test_limits():

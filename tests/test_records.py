@@ -89,3 +89,10 @@ def test_pictures_are_shown_once(tmp_path):
     log.close()
     after = sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir())
     assert after > before
+
+
+def test_an_evaluation_before_a_torn_row_counts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert not records.was_evaluated(path, 4)
+    path.write_text('{"step": 4, "eval/J": 0.5}\n{"step": 5, "lo')
+    assert records.was_evaluated(path, 4) and not records.was_evaluated(path, 5)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 
+import jax.numpy as jnp
 import pytest
 
 from configs import mixture, smoke
-from sam2_jax import resume
+from sam2_jax import checkpoint, resume
 from sam2_jax.config_checks import flat_keys
 from sam2_jax.types import UserError
 
@@ -116,3 +118,28 @@ def test_a_torn_config_is_named(tmp_path, text):
     for read in (resume.check, resume.changed_keys):
         with pytest.raises(UserError, match=r"config\.json .*delete it"):
             read(tmp_path, {})
+
+
+def test_what_counts_is_the_checkpoint_gone_on_from(tmp_path):
+    """The start after it may have had other settings, and have saved nothing."""
+    config = smoke.get_config()
+    with checkpoint.make_manager(tmp_path, checkpoint.Keep(2)) as manager:
+        one = {"w": jnp.zeros(2)}
+        checkpoint.save(manager, 2, one, one, {})
+        checkpoint.save(manager, 4, one, one, {}, settings=config.to_dict())
+    config.train.steps += 1
+    config.seed += 1
+    start(tmp_path, config)
+    changed = resume.changed_keys(tmp_path, flat_keys(config))
+    assert changed == {"train.steps": "500 -> 501", "seed": "0 -> 1"}
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        resume.check(tmp_path, flat_keys(config))
+    (tmp_path / "config.json").write_text("{torn")
+    assert resume.changed_keys(tmp_path, flat_keys(config)) == changed
+    start(tmp_path, config)
+    damage = tmp_path / "checkpoints/4/config/metadata"
+    damage.write_text(damage.read_text().replace("nano", "tiny"))
+    with pytest.raises(UserError, match="4/config cannot be restored .not what was saved"):
+        resume.check(tmp_path, flat_keys(config))
+    shutil.rmtree(tmp_path / "checkpoints/4")  # what is left does not say
+    assert resume.changed_keys(tmp_path, flat_keys(config)) == {}

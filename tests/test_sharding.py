@@ -1,13 +1,30 @@
 """Mesh arithmetic, layouts by shape, and their errors."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sam2_jax import sharding
 from sam2_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Of a device what a mesh and the checks ask of it."""
+
+    id: int
+    process_index: int
+
+
+def machines(data, fsdp, model, owners):
+    devices = np.empty(len(owners), object)
+    devices[:] = [Device(*numbers) for numbers in enumerate(owners)]
+    return Mesh(devices.reshape(data, fsdp, model), sharding.AXES)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +55,26 @@ def test_batch_size_must_divide():
         sharding.check_batch_size(6, mesh)
     with pytest.raises(UserError, match="8 processes"):
         sharding.check_batch_size(4, mesh, processes=8)
+
+
+def test_a_video_belongs_to_one_process():
+    """16 hosts of 4 chips and model=8: every two hosts would load different videos for a shard."""
+    hosts = np.repeat(np.arange(16), 4)
+    sharding.check_batch_size(16, machines(4, 4, 4, hosts), processes=16)
+    sharding.check_batch_size(32, machines(16, 2, 2, hosts), processes=16)
+    with pytest.raises(UserError, match="mesh.model=8 .*16, with 4 devices each.*mesh.model=4,"):
+        sharding.check_batch_size(16, machines(8, 1, 8, hosts), processes=16)
+    with pytest.raises(UserError, match="mesh.model=2 .*6, with 1 devices each.*mesh.model=1,"):
+        sharding.check_batch_size(6, machines(3, 1, 2, range(6)), processes=6)
+    sharding.check_batch_size(8, machines(8, 1, 8, hosts))  # compiled for by a single process
+
+
+def test_a_video_on_a_torus_belongs_to_one_process_too():
+    """The numbers fit, but the mesh was laid along a row of chips of two hosts."""
+    rows = [0, 0, 1, 1, 0, 0, 1, 1]
+    with pytest.raises(UserError, match="mesh.model=4 .* take mesh.model=2,"):
+        sharding.check_batch_size(2, machines(2, 1, 4, rows), processes=2)
+    sharding.check_batch_size(4, machines(4, 1, 2, rows), processes=2)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +111,11 @@ def test_put_batch_splits_videos():
     placed = sharding.put_batch(batch, mesh)["images"]
     np.testing.assert_array_equal(placed, batch["images"])
     assert {s.data.shape for s in placed.addressable_shards} == {(1, 6)}
+
+
+def test_jax_is_told_the_shape_of_the_whole_batch(monkeypatch):
+    """Of two processes each has half; JAX, which sees that there is one, says so."""
+    mesh = sharding.make_mesh(2, 2, 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"global_shape=\(8, 6\)"):
+        sharding.put_batch({"images": np.zeros((4, 6))}, mesh)

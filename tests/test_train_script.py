@@ -1,5 +1,6 @@
 """scripts/train.py: what it joins and what it refuses before it starts."""
 
+import functools
 import importlib.util
 import pathlib
 import subprocess
@@ -20,12 +21,18 @@ from sam2_jax.types import UserError
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
+@functools.cache  # its flags can be defined once
+def load() -> Any:
     spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts/train.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    module = load()
     flags.FLAGS.mark_as_parsed()
     yield module
     flags.FLAGS.unparse_flags()

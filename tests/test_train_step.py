@@ -41,7 +41,8 @@ def test_step_of_a_config_moves_what_it_should():
         return jax.device_get(after.params), float(metrics["loss"])
 
     (after, loss), (_, again), (_, other) = run(MASK), run(MASK), run(MASK_AGAIN)
-    run(CLICK), run(BOX)
+    run(CLICK)
+    run(BOX)
     assert step._cache_size() == 1  # one program, whatever the plan
     assert np.isfinite(loss) and loss == again
     assert loss != other  # another draw of dropout

@@ -93,7 +93,7 @@ def measure(config: Any, workdir: pathlib.Path) -> tuple[dict[str, list[float]],
                 loop.make_loop_settings(config),
                 ready.mesh,
                 workdir=workdir,
-                hooks=loop.Hooks(save=lambda step, state, metrics: None),
+                hooks=loop.Hooks(save=lambda step, state: None),
             )
     finally:
         batches.close()

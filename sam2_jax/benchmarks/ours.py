@@ -58,6 +58,7 @@ def make_step(config: Any, side: Side) -> Any:
             mesh=side.mesh,
             precision=config.train.precision,
             reduce_precision=config.train.reduce_precision,
+            lora_rules=config.lora.rules,
         )
         return inner(state, batch, key)
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,15 @@ def end_with_trainer(index: int, count: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def begin_worker(index: int, count: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the trainer, and end with it.
+
+    The trainer still wants batches then: it lets the step end, and saves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_trainer(index, count)
 
 
 class Loader(Iterator[Batch]):
@@ -76,7 +86,7 @@ class Loader(Iterator[Batch]):
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads absl flags when it starts its workers
         options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-        return read.mp_prefetch(options, worker_init_fn=end_with_trainer)
+        return read.mp_prefetch(options, worker_init_fn=begin_worker)
 
     def source_of(self, position: int) -> str:
         """Name of the source that batch number `position` comes from."""

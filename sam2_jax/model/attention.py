@@ -33,7 +33,8 @@ def attention(
 
     - xla: all weights are written to memory, and kept for the backward pass.
     - blockwise: a block of them at a time, made again in the backward pass.
-    - cudnn, flash: one fused kernel, on NVIDIA GPUs and on TPUs; no dropout.
+    - cudnn, flash: one fused kernel, on NVIDIA GPUs and on TPUs; no dropout. On several devices
+      inside `jax.shard_map` only: the compiler cannot split a kernel.
 
     Raises:
         UserError: the implementation that `kernel` names cannot compute this.
@@ -51,7 +52,7 @@ def attention(
     elif name == "cudnn":
         out, sums = cudnn(query, key, value, key_mask), None
     elif name == "flash":
-        out, sums = flash(query, key, value, key_mask, kernel.mesh), None
+        out, sums = flash(query, key, value, key_mask), None
     else:
         out, sums = plain(query, key, value, key_mask, dropout_rate, draw)
     return out, None if draw is None else sums

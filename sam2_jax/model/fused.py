@@ -8,7 +8,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float
 
 from sam2_jax.types import Array
@@ -44,27 +43,18 @@ def flash(
     key: Float[Array, "n k heads d"],
     value: Float[Array, "n k heads dv"],
     key_mask: Bool[Array, "#n k"] | None,
-    mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Float[Array, "n q heads dv"]:
     """`attention` by JAX's splash attention for TPUs, which takes values narrower than keys.
 
-    The compiler cannot split such a kernel over devices: each of a `mesh` runs it on its share of
-    the leading axis, split over those axes of the mesh that divide it. `interpret` runs the kernel
-    anywhere, slowly.
+    The compiler cannot split such a kernel over devices: of several, each calls it with its own
+    share, inside `jax.shard_map`. `interpret` runs the kernel anywhere, slowly.
     """
     n, queries, keys = query.shape[0], query.shape[1], key.shape[1]
     if key_mask is None:
         key_mask = jnp.ones((1, keys), bool)
     key_mask = jnp.broadcast_to(key_mask, (n, keys))
     run = _splash(queries, keys, query.shape[2], interpret)
-    if mesh is not None and mesh.size > 1:
-        axes = ()
-        for axis in mesh.axis_names:
-            if n % math.prod(mesh.shape[name] for name in (*axes, axis)) == 0:
-                axes = (*axes, axis)
-        split = PartitionSpec(axes)
-        run = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
     return run(query, key, value, key_mask)
 
 

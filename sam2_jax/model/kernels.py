@@ -23,16 +23,15 @@ class Kernel(NamedTuple):
     name: str = "xla"
     platform: str = "cpu"  # of the devices that will run it: cpu, gpu or tpu
     capability: tuple[int, int] = (0, 0)  # of an NVIDIA GPU
-    mesh: jax.sharding.Mesh | None = None  # whose devices share the leading axis, if several do
 
 
 XLA = Kernel()
 
 
-def make_kernel(name: str = "auto", mesh: jax.sharding.Mesh | None = None) -> Kernel:
-    """The implementation `name` on a mesh, whose devices may be ones that are only compiled for.
+def make_kernel(name: str = "auto", device: Any = None) -> Kernel:
+    """The implementation `name` on a `jax.Device`, which may be one that is only compiled for.
 
-    Batches are split over all axes of the mesh; None: the first device of this process, alone.
+    None: the first device of this process.
 
     Raises:
         UserError: the name is unknown.
@@ -42,12 +41,7 @@ def make_kernel(name: str = "auto", mesh: jax.sharding.Mesh | None = None) -> Ke
             f"model.attention={name!r} is unknown: did you mean {nearest(str(name), NAMES)!r}? "
             f"(of {', '.join(NAMES)})"
         )
-    kernel = on_device(name, jax.devices()[0] if mesh is None else mesh.devices.flat[0])
-    return kernel if mesh is None or mesh.size == 1 else kernel._replace(mesh=mesh)
-
-
-def on_device(name: str, device: Any) -> Kernel:
-    """The implementation `name` on one `jax.Device`."""
+    device = jax.devices()[0] if device is None else device
     parts = str(getattr(device, "compute_capability", "")).split(".")
     known = len(parts) == 2 and all(part.isdigit() for part in parts)
     return Kernel(name, device.platform, (int(parts[0]), int(parts[1])) if known else (0, 0))
@@ -94,9 +88,16 @@ def refusal(kernel: Kernel, head_dim: int, dtype: Any, dropout: bool) -> str:
     return ""
 
 
-def described(kernel: Kernel, head_dim: int, dtype: Any, dropout: float) -> str:
-    """What large attentions will be, for the table at the start of a run. Raises as `choose`."""
-    plain = choose(kernel, head_dim, dtype, False)
-    if not dropout:
-        return plain
-    return f"{choose(kernel, head_dim, dtype, True)} with dropout, {plain} without"
+class Size(NamedTuple):
+    """Of one attention."""
+
+    queries: int
+    keys: int
+    head_dim: int
+    masked: bool = False  # some keys are left out
+
+
+def described(kernel: Kernel, size: Size, dtype: Any, dropout: bool) -> str:
+    """What an attention of this size will be. Raises as `choose`, for small ones as well."""
+    name = choose(kernel, size.head_dim, dtype, dropout, size.masked)
+    return name if size.queries * size.keys >= LARGE else "xla"

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -374,3 +375,14 @@ def test_workers_end_with_a_killed_trainer():
     if survived:
         os.kill(worker, signal.SIGKILL)
     assert not survived
+
+
+def test_ctrl_c_in_a_terminal_ends_no_worker():
+    stream = loader(config(workers=1))
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGINT)
+    worker.join(3)
+    assert worker.is_alive()
+    stream.close()

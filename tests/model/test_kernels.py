@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2_jax.model.kernels import Kernel, choose, described, make_kernel, on_device
+from sam2_jax.model.kernels import Kernel, Size, choose, described, make_kernel
 from sam2_jax.model.memory_attention import MemoryAttention
 from sam2_jax.model.sam2 import make_sam2
 from sam2_jax.types import UserError
@@ -65,21 +65,21 @@ def test_device_is_asked_for_its_platform():
     def device(platform, capability):
         return SimpleNamespace(platform=platform, compute_capability=capability)
 
-    assert on_device("auto", device("gpu", "9.0")) == H100
-    assert on_device("xla", device("gpu", "gfx90a")) == Kernel("xla", "gpu", (0, 0))
-    assert on_device("auto", SimpleNamespace(platform="tpu")) == TPU
-
-
-def test_mesh_is_kept_if_it_has_several_devices():
-    assert make_kernel() == CPU
-    assert make_kernel("auto", jax.make_mesh((1, 1), ("data", "fsdp"))) == CPU
-    several = jax.make_mesh((2, 2), ("data", "fsdp"))
-    assert make_kernel("auto", several) == CPU._replace(mesh=several)
+    assert make_kernel("auto", device("gpu", "9.0")) == H100
+    assert make_kernel("xla", device("gpu", "gfx90a")) == Kernel("xla", "gpu", (0, 0))
+    assert make_kernel("auto", SimpleNamespace(platform="tpu")) == TPU
+    assert make_kernel() == CPU  # the first of the process
 
 
 def test_description_for_the_table():
-    assert described(CPU, 256, "float32", 0.0) == "blockwise"
-    assert described(H100, 256, "bfloat16", 0.1) == "blockwise with dropout, cudnn without"
+    size = Size(4096, 7 * 4096, 256)
+    assert described(CPU, size, "float32", False) == "blockwise"
+    assert described(H100, size, "bfloat16", False) == "cudnn"
+    assert described(H100, size, "bfloat16", True) == "blockwise"
+    assert described(H100, size._replace(masked=True), "bfloat16", False) == "blockwise"
+    assert described(H100, Size(64, 64, 256), "bfloat16", False) == "xla"
+    with pytest.raises(UserError, match="needs a TPU"):
+        described(H100._replace(name="flash"), Size(64, 64, 256), "bfloat16", False)
 
 
 def test_model_hands_its_kernel_to_the_trunk_and_to_memory_attention(monkeypatch):
