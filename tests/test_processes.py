@@ -62,6 +62,7 @@ def test_two_processes_are_as_good_as_one_and_end_and_go_on_together(alone, tmp_
     while len(processes.rows(workdir)) < 3 and survivor.poll() is None:
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
+    killed.wait()
     began = time.monotonic()
     status = survivor.wait(2 * cluster.SILENCE)
     log = end_of(processes.log_of(workdir, 0))
