@@ -35,12 +35,12 @@ from ml_collections import config_flags
 from sam2_jax import (
     checkpoint,
     cluster,
+    curves,
     eval_loss,
     judging,
     loop,
     lora,
     optim,
-    plots,
     preparing,
     recipe,
     replay,
@@ -199,10 +199,7 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
     if jax.process_index() == 0:
         resume.write_config(run.workdir, config_lib.to_json(config))
 
-    def draw() -> None:
-        if jax.process_index() == 0:
-            plots.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "loss.png")
-
+    picture = curves.Curves(run.workdir) if jax.process_index() == 0 else None
     evaluate, request = None, stopping.Request()
     if run.eval_sets:
         validate = functools.partial(
@@ -235,7 +232,8 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
             with checkpoint.writing(run.workdir):
                 data = batches.get_state()
                 snapshot.save(manager, step, state, run.optimizer, data, base, settings)
-            draw()
+            if picture:
+                picture.draw()
 
         def judge(step: int, row: dict[str, float]) -> None:
             with checkpoint.writing(run.workdir):
@@ -259,7 +257,8 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
                 bad_step,
             ),
         )
-    draw()
+    if picture:
+        picture.draw(at_once=True)
     summarise(run.workdir)
 
 

@@ -1,6 +1,5 @@
 """The pictures of a run: what they show, that they replace the old ones whole, no global state."""
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -110,41 +109,6 @@ def test_overlay_sheet_is_written_whole(tmp_path, size, tile):
     assert near(picture, plots.COLOURS[0][::-1]).any()
     plots.overlay_sheet({"wide": rows["wide"]}, {}, path, title="step 2")  # replaces
     assert [p.name for p in path.parent.iterdir()] == ["overlay.png"]
-
-
-def log(path, rows, tail=""):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
-    return path
-
-
-def rows(count):
-    for step in range(count):
-        yield {"step": step, "loss": 20 / (1 + step), "loss_mask": 0.5, "learning_rate": 1e-4}
-
-
-@pytest.mark.parametrize("count", [0, 1, 200])
-def test_loss_curves_draws_any_length(tmp_path, count):
-    scores = {"step": 3, "eval/J&F": 0.5, "eval/static J&F": 0.3, "eval/J": None}
-    path = log(tmp_path / "metrics.jsonl", [*rows(count), *([scores] * count)], '{"step": 9, "lo')
-    plots.loss_curves(path, tmp_path / "loss.png")
-    picture = cv2.imread(str(tmp_path / "loss.png"))
-    assert picture is not None and picture.std() > 5
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
-
-
-def test_curves_read_the_right_numbers(tmp_path):
-    path = log(tmp_path / "m", [*rows(3), {"step": 2, "eval/J": 0.25}], "{")
-    read = plots._read(path)
-    np.testing.assert_array_equal(plots._series(read, "loss")[1], [20, 10, 20 / 3])
-    np.testing.assert_array_equal(plots._series(read, "eval/J"), [[2], [0.25]])
-    assert len(plots._series(read, "absent")[0]) == 0
-
-
-def test_smoothing_keeps_a_line_and_reduces_noise():
-    line = np.arange(100.0)
-    np.testing.assert_allclose(plots._smooth(line), line)
-    noise = np.random.default_rng(0).standard_normal(400)
-    assert plots._smooth(noise).std() < 0.4 * noise.std()
 
 
 def test_pyplot_is_not_imported():

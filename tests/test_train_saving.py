@@ -26,7 +26,7 @@ def run_with(script, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(script, "introduce", lambda *args: None)
     monkeypatch.setattr(script.recipe, "make_config_step", lambda *args: None)
     monkeypatch.setattr(script.train, "jit_step", lambda *args: None)
-    monkeypatch.setattr(script.plots, "loss_curves", lambda *args: None)
+    monkeypatch.setattr(script.curves, "loss_curves", lambda *args: None)
     monkeypatch.setattr(preparing, "start", lambda *args: (state, "nowhere", None))
     run: Any = types.SimpleNamespace(
         workdir=tmp_path, latest=None, eval_sets=[], model=None, like=like, mesh=ALONE, parts=[0]

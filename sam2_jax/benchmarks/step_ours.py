@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sam2_jax import convert, train
+from sam2_jax import convert, sharding, train
 from sam2_jax.benchmarks import ours, serving
 from sam2_jax.model.sam2 import init_params
 from sam2_jax.types import Batch, PromptPlan
@@ -22,7 +22,15 @@ def make(folder: pathlib.Path) -> serving.Answer:
     serving.use_threads(setup["threads"])  # JAX counts cores when it is first used
     config: Any = ConfigDict(setup["config"])
     side = ours.make_side(config)
-    step = jax.jit(ours.make_step(config, side), donate_argnums=0)
+    everywhere = sharding.replicated(side.mesh)
+    of_state = train.state_shardings(side.shapes, side.mesh)
+    # As in training: left to JAX the second step, of a state that came out of one, compiles anew
+    step = jax.jit(
+        ours.make_step(config, side),
+        in_shardings=(of_state, everywhere, everywhere, everywhere),
+        out_shardings=(of_state, everywhere),
+        donate_argnums=0,
+    )
     begin = jax.jit(functools.partial(train.init_state, optimizer=side.optimizer), donate_argnums=0)
     with np.load(folder / "clips.npz") as clips:
         images, masks = clips["images"], clips["masks"]

@@ -30,7 +30,10 @@ class Case(NamedTuple):
 
 @dataclasses.dataclass
 class Chosen:
-    """A clip, the reference's weights for it, and its runs in float32 and float64."""
+    """A clip, the reference's weights for it, and its runs in float32 and float64.
+
+    All runs are without graphs for gradients, of which a search would build one after another.
+    """
 
     batch: Batch
     plan: PromptPlan
@@ -41,7 +44,7 @@ class Chosen:
     others: list[Run | None] = dataclasses.field(default_factory=list)
 
     def runs(self) -> Iterator[Run]:
-        """In float32 as it is, then in other orders of summation (without graphs), as needed."""
+        """In float32 as it is, then in other orders of summation, as needed."""
         yield self.run
         for i in range(tolerances.ORDERS):
             if i == len(self.others):
@@ -111,11 +114,12 @@ def clips(base: reference.Reference, case: Case, seed: int, side: int) -> Iterat
         torch.manual_seed(int(rng.integers(2**31)))
         batch = make_batch(rng, case.frames, valid, side)
         model = copy.deepcopy(base)
-        run = tune(model, batch, plan)
+        with reference.images_remembered(model):
+            run = tune(model, batch, plan)
         if run is None:
             continue
         exact_model = reference.exact_copy(model)
-        with float64():
+        with float64(), torch.no_grad():
             exact = train_forward(exact_model, batch, plan, run.drawn)
             firm = is_firm(run, exact, batch)
         if firm:
@@ -209,6 +213,7 @@ def tune(model: reference.Reference, batch: Batch, plan: PromptPlan) -> Run | No
     Of random heads every object gets nearly the same score, every mask the same sign, and one
     mask of three is always the best: the others would be compared but never used. What objects
     are predicted absent changes all later frames, so this takes several rounds, and may fail.
+    To be called without gradients.
     """
     decoder: Any = model.sam_mask_decoder
     score, iou = decoder.pred_obj_score_head.layers[-1], decoder.iou_prediction_head.layers[-1]
@@ -218,12 +223,12 @@ def tune(model: reference.Reference, batch: Batch, plan: PromptPlan) -> Run | No
         inputs: dict[Any, list[torch.Tensor]] = {}
 
         def watch(module, given, _, inputs=inputs):
-            inputs.setdefault(module, []).append(given[0].detach())
+            inputs.setdefault(module, []).append(given[0])
 
         hooks = [x.register_forward_hook(watch) for x in (score, iou, *hypers)]
         upscaled: list[torch.Tensor] = []
         last = decoder.output_upscaling[4]
-        hooks.append(last.register_forward_hook(lambda *x, xs=upscaled: xs.append(x[2].detach())))
+        hooks.append(last.register_forward_hook(lambda *x, xs=upscaled: xs.append(x[2])))
         many: list[bool] = []  # masks of a pass
         hooks.append(
             decoder.register_forward_hook(lambda *x, xs=many: xs.append(x[2][0].shape[1] > 1))
@@ -233,14 +238,13 @@ def tune(model: reference.Reference, batch: Batch, plan: PromptPlan) -> Run | No
             hook.remove()
         if round_ and varied(run, plan):
             return run
-        with torch.no_grad():
-            tune_score(score, inputs[score], kinds, first=round_ < 2)
-            if round_ < 2:
-                tune_iou(iou, inputs[iou], kinds, many)
-                pixel = torch.cat(upscaled).mean((0, 2, 3))
-                for layer in hypers:  # logits of mean zero
-                    mean = layer(torch.cat(inputs[layer])).mean(0)
-                    layer.bias -= pixel * (mean @ pixel) / (pixel @ pixel)
+        tune_score(score, inputs[score], kinds, first=round_ < 2)
+        if round_ < 2:
+            tune_iou(iou, inputs[iou], kinds, many)
+            pixel = torch.cat(upscaled).mean((0, 2, 3))
+            for layer in hypers:  # logits of mean zero
+                mean = layer(torch.cat(inputs[layer])).mean(0)
+                layer.bias -= pixel * (mean @ pixel) / (pixel @ pixel)
     return None
 
 

@@ -4,9 +4,11 @@ Settings are those of its sam2.1_hiera_b+_MOSE_finetune.yaml, without dropout.
 """
 # pyright: reportMissingImports=false
 
+import contextlib
 import copy
 from fnmatch import fnmatch
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -176,6 +178,21 @@ def randomise(model: torch.nn.Module) -> None:
 def score_bias(model: Any) -> torch.Tensor:
     """What is added to all object scores."""
     return model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias
+
+
+@contextlib.contextmanager
+def images_remembered(model: Any):
+    """Within it, without gradients, an image is encoded once however often it is asked for."""
+    encode, known = model.forward_image, {}
+
+    def forward_image(images: torch.Tensor) -> dict[str, Any]:
+        key = images.numpy().tobytes()
+        if key not in known:
+            known[key] = encode(images)
+        return dict(known[key])  # callers add to it
+
+    with torch.no_grad(), mock.patch.object(model, "forward_image", forward_image):
+        yield
 
 
 def exact_copy(model: Reference) -> Reference:

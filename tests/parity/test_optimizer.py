@@ -109,14 +109,16 @@ def make_ours(params):
     return update, optimizer.tx.init(params)
 
 
-def choose(base: reference.Reference, case: Case, seed: int, side: int) -> tuple[Chosen, Truth]:
+def choose(
+    base: reference.Reference, case: Case, seed: int, side: int, near: float
+) -> tuple[Chosen, Truth]:
     """A clip whose gradient float32 knows, or the one of several where it knows it best.
 
     Where the reference's own float32 is far off, most weights' gradients are below their noise.
     """
     best = None
     for chosen in itertools.islice(clips(base, case, seed, side), CLIPS):
-        truth = Truth(chosen)
+        truth = Truth(chosen, near)
         error = max(x.median() for x in itertools.islice(truth.own(), RUNS))
         if best is None or error < best[0]:
             best = error, chosen, truth
@@ -126,7 +128,7 @@ def choose(base: reference.Reference, case: Case, seed: int, side: int) -> tuple
     return best[1:]
 
 
-def test_ten_steps(make_pair, step, seed, resolution, is_nano):
+def test_ten_steps(make_pair, step, seed, resolution, is_nano, near):
     """Each step starts from the weights where the reference's float64 stands.
 
     The moments are everyone's own throughout. The weights are not: some gradients are nothing but
@@ -141,7 +143,7 @@ def test_ten_steps(make_pair, step, seed, resolution, is_nano):
     noise: dict[str, float] = {}
     for k, case in enumerate(STEPS):
         case = case if is_nano else case._replace(valid=[[1, 1]])
-        chosen, truth = choose(current, case, 1000 * seed + k, resolution)
+        chosen, truth = choose(current, case, 1000 * seed + k, resolution, near)
         params = converted(chosen.model, pair.params)
         prompts = prompts_of(chosen.run.drawn, chosen.batch)
         *_, grads = step(pair.model, params, chosen.batch, chosen.plan, prompts)

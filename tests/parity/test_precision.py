@@ -127,7 +127,8 @@ def clip_distances(pair, run, rng, seed) -> tuple[dict[str, float], dict[str, fl
     bias = reference.score_bias(model)
     kept = bias.detach().clone()
     try:
-        frames, _, _ = train_forward(model, batch, plan)
+        with torch.no_grad():
+            frames, _, _ = train_forward(model, batch, plan)
         later = [frame for frame in frames if frame["mask_inputs"] is None]
         scores = [s for frame in later for s in frame["multistep_object_score_logits"]]
         with torch.no_grad():

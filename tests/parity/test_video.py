@@ -161,8 +161,7 @@ def tune(predictor: Any, clip: Clip, inference: Any, always: bool) -> Tracked | 
             middle = scores[FRAMES // 2 : -FRAMES // 2]
             widest = int((middle[1:] - middle[:-1]).argmax())
             now -= float(middle[widest] + middle[widest + 1]) / 2
-        with torch.no_grad():
-            bias.fill_(now)
+        bias.fill_(now)
     return None
 
 
@@ -183,7 +182,8 @@ def choose(model: Any, rng: np.random.Generator, kind: str, prompt: str) -> Chos
     for _ in range(ATTEMPTS):
         clip = make_clip(rng, model.image_size, prompt)
         predictor = make_predictor(model, inference)
-        run = tune(predictor, clip, inference, always)
+        with reference.images_remembered(predictor):
+            run = tune(predictor, clip, inference, always)
         if run is None:
             continue
         exact = exactly(lambda x, clip=clip: track(x, clip, inference), predictor)
