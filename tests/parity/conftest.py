@@ -50,6 +50,7 @@ class Pair(NamedTuple):
     reference: Any
     model: Any
     params: Mapping
+    variant: str
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +88,7 @@ def make_pair(request, seed, resolution):
             theirs = reference.build(model.variant, resolution, kind, seed)
             like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
             params = from_reference(reference.state_of(theirs), like)
-            made[kind] = Pair(theirs, model, params)
+            made[kind] = Pair(theirs, model, params, name)
         return made[kind]
 
     return make

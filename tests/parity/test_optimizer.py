@@ -90,23 +90,23 @@ class Theirs:
         return mean.sqrt().numpy()
 
 
-def make_ours(params):
+def make_ours(pair):
     """Our optimizer with the default rules and the rates of these tests, and its jitted step."""
-    config = default.get_config("nano")
+    config = default.get_config(pair.variant)
     config.train.steps = len(STEPS)
     rules = [rule[0] for rule in config.optim.learning_rate]
     config.optim.learning_rate = tuple(
         (selectors, ("cosine", rate, rate / 10))
         for selectors, rate in zip(rules, (IMAGE_RATE, RATE), strict=True)
     )
-    optimizer = optim.make_optimizer(recipe.make_optim_settings(config), params, "2.1")
+    optimizer = optim.make_optimizer(recipe.make_optim_settings(config), pair.params, "2.1")
 
     @jax.jit
     def update(grads, state, params, active):
         updates, state = optimizer.tx.update(grads, state, params, active=active)
         return optax.apply_updates(params, updates), state
 
-    return update, optimizer.tx.init(params)
+    return update, optimizer.tx.init(pair.params)
 
 
 def choose(
@@ -138,7 +138,7 @@ def test_ten_steps(make_pair, step, seed, resolution, is_nano, near):
     """
     pair = make_pair("2.1")
     theirs = Theirs(reference.exact_copy(pair.reference))
-    update, state = make_ours(pair.params)
+    update, state = make_ours(pair)
     current = pair.reference
     noise: dict[str, float] = {}
     for k, case in enumerate(STEPS):
