@@ -148,22 +148,27 @@ def from_reference(state_dict: Mapping[str, np.ndarray], like: Mapping | None = 
     have missing, superfluous and misshapen tensors refused; without, only names that no rule
     knows and axes that no layout fits are. UserError names the tensors.
     """
-    flat = _convert(state_dict, "reference")
+    found = _names(state_dict, "reference")
+    if like is not None:
+        wanted = {name: x.shape for name, x in hollow_reference(like).items()}
+        given = {name: tuple(x.shape) for name, x in state_dict.items()}
+        _refuse("the checkpoint lacks tensors of this model", wanted.keys() - given)
+        _refuse("the checkpoint holds tensors that this model has not", given.keys() - wanted)
+        wrong = [
+            f"{name} {shape} instead of {wanted[name]}"
+            for name, shape in given.items()
+            if shape != wanted[name]
+        ]
+        _refuse("tensors of other shapes than this model's", wrong)
+    flat = {
+        path: _to_ours(name, np.asarray(state_dict[name]), layout)
+        for name, (path, layout) in found.items()
+    }
     rows = [flat.pop(path) for path in sorted(flat) if path.startswith(STACKED)]
     if len({row.shape for row in rows}) > 1:
         raise UserError(f"{STACKED}: the {len(rows)} tensors have different shapes")
     if rows:
         flat[STACKED] = np.stack(rows)
-    if like is not None:
-        shapes = {path: x.shape for path, x in flatten(like).items()}
-        _refuse("the checkpoint lacks tensors of this model", shapes.keys() - flat)
-        _refuse("the checkpoint holds tensors that this model has not", flat.keys() - shapes)
-        wrong = [
-            f"{path} {x.shape} instead of {shapes[path]}"
-            for path, x in flat.items()
-            if x.shape != shapes[path]
-        ]
-        _refuse("the checkpoint is of another model size", wrong)
     params: dict = {}
     for path, value in flat.items():
         *parents, leaf = path.split("/")
@@ -175,20 +180,27 @@ def to_reference(params: Mapping) -> dict[str, np.ndarray]:
     """The reference's state dict of a `Sam2`'s parameters; UserError names those with no rule."""
     flat = flatten(params)
     flat |= {f"{STACKED}/{i}": row for i, row in enumerate(flat.pop(STACKED, ()))}
-    return _convert(flat, "ours")
+    return {
+        name: _to_reference(path, np.asarray(flat[path]), layout)
+        for path, (name, layout) in _names(flat, "ours").items()
+    }
 
 
-def _convert(tensors: Mapping[str, Any], side: str) -> dict[str, np.ndarray]:
-    converted, unknown = {}, []
-    for name, value in tensors.items():
-        found = _find(name, side)
-        if found is None:
-            unknown.append(name)
-        else:
-            move = _to_ours if side == "reference" else _to_reference
-            converted[found[0]] = move(name, np.asarray(value), found[1])
-    _refuse("tensors that no SAM 2 has", unknown)
-    return converted
+def hollow(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros, float32, that take no memory: to ask of shapes what is asked of arrays."""
+    return np.broadcast_to(np.zeros((), np.float32), shape)
+
+
+def hollow_reference(like: Mapping) -> dict[str, np.ndarray]:
+    """`to_reference` of parameters that only have shapes: every tensor is `hollow`."""
+    return to_reference({path: hollow(x.shape) for path, x in flatten(like).items()})
+
+
+def _names(tensors: Mapping[str, Any], side: str) -> dict[str, tuple[str, str]]:
+    """Name -> that of the other side, and the layout; UserError names those with no rule."""
+    found = {name: _find(name, side) for name in tensors}
+    _refuse("tensors that no SAM 2 has", [name for name, other in found.items() if other is None])
+    return {name: other for name, other in found.items() if other is not None}
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def identify(found: pathlib.Path, base: str = "") -> tuple[str, str]:
     state = weights.read(found, values=False) if found.is_file() else None
     try:
         if state is None:
-            shapes = {path: weights.hollow(shape) for path, shape in arrays.shapes(found).items()}
+            shapes = {path: convert.hollow(shape) for path, shape in arrays.shapes(found).items()}
             state = convert.to_reference(shapes)
         return weights.recognise(state)
     except UserError as e:

@@ -13,7 +13,9 @@ image's side. Only the reference's image predictor insists on 1024 (`_bb_feat_si
 import contextlib
 import os
 import pathlib
+import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -50,8 +52,9 @@ _BLOCK = re.compile(r"image_encoder.trunk.blocks.(\d+).(?:norm2|proj|attn.proj|m
 def read(path: pathlib.Path, values: bool = True) -> dict[str, np.ndarray]:
     """Name -> float32 array of every tensor in a file; other float types are converted.
 
-    Without `values` only names and shapes are read, and the arrays are `hollow`. `UserError` for
-    what is no such file, tensors that are not floats, SAM 1, and Hugging Face's names.
+    Without `values` only names and shapes are read, and the arrays are `convert.hollow`.
+    `UserError` for what is no such file, tensors that are not floats, SAM 1, and Hugging Face's
+    names.
     """
     if not path.is_file() or path.suffix not in SUFFIXES:
         raise UserError(f"{path} is no file with an ending of {', '.join(SUFFIXES)}")
@@ -127,17 +130,11 @@ def load(path: pathlib.Path, like: Mapping, values: bool = True) -> dict:
         raise UserError(f"{path}: {e}; {_advice(state, like)}") from e
 
 
-def hollow(shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros, float32, that take no memory: to ask of shapes what is asked of arrays."""
-    return np.broadcast_to(np.zeros((), np.float32), shape)
-
-
 def _advice(state: Mapping[str, np.ndarray], like: Mapping) -> str:
     """What the file looks like, beside what is wanted, and how to mend it."""
     try:
         found = recognise(state)
-        shapes = {path: hollow(x.shape) for path, x in convert.flatten(like).items()}
-        wanted = recognise(convert.to_reference(shapes))
+        wanted = recognise(convert.hollow_reference(like))
     except UserError as e:
         return str(e)
     looks = f"the file looks like {' '.join(found)}"
@@ -162,11 +159,17 @@ def _read_pickled(path: pathlib.Path, values: bool) -> dict[str, np.ndarray]:
     mapped = zipfile.is_zipfile(path)  # torch's format since 1.6; its index stands at the end
     try:
         # Mapped, a file is read where it is used: not the moments in a trainer's checkpoint
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it has to say, the error says
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except MemoryError:
+        raise
     except Exception as e:  # torch raises almost anything for a file that is not one of its own
-        why = "holds code, which is not run," if mapped else "is cut short"
-        about = f"{path.stat().st_size:,} bytes, {type(e).__name__}"
-        raise UserError(f"{path} ({about}) {why} or is not PyTorch's: {HOLDS}; {AGAIN}") from e
+        about = f"{path} ({path.stat().st_size:,} bytes, {type(e).__name__})"
+        if isinstance(e, pickle.UnpicklingError):
+            why = "holds code, which is not run, or is not PyTorch's"
+            raise UserError(f"{about} {why}: {HOLDS}; do not trust its source") from e
+        raise UserError(f"{about} is cut short or not PyTorch's: {HOLDS}; {AGAIN}") from e
     state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"{path} holds no tensors but {type(state).__name__}: {HOLDS}")
@@ -174,7 +177,7 @@ def _read_pickled(path: pathlib.Path, values: bool) -> dict[str, np.ndarray]:
         raise UserError(f"{path} holds what is no tensor: {listed(other)}: {HOLDS}")
     _refuse_types(path, {k: x.dtype for k, x in state.items() if not x.is_floating_point()})
     if not values:
-        return {str(name): hollow(tuple(x.shape)) for name, x in state.items()}
+        return {str(name): convert.hollow(tuple(x.shape)) for name, x in state.items()}
     return {str(name): x.detach().float().numpy() for name, x in state.items()}
 
 
@@ -184,7 +187,7 @@ def _read_safetensors(path: pathlib.Path, values: bool) -> dict[str, np.ndarray]
             types = {name: file.get_slice(name).get_dtype() for name in file.keys()}
             _refuse_types(path, {k: x for k, x in types.items() if x not in FLOATS})
             if not values:
-                return {k: hollow(tuple(file.get_slice(k).get_shape())) for k in types}
+                return {k: convert.hollow(tuple(file.get_slice(k).get_shape())) for k in types}
             return {k: file.get_tensor(k).astype(np.float32, copy=False) for k in types}
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(

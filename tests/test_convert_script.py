@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -191,16 +192,35 @@ def test_what_is_no_whole_model_is_named(script, params, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_flag_is_one_line_and_help_shows_examples():
+def call(*flags: object) -> subprocess.CompletedProcess:
+    """The script as a process of its own."""
     env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
-    def call(*flags: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(SCRIPT), *flags]
-        return subprocess.run(command, capture_output=True, text=True, env=env)
 
+def test_a_wrong_flag_is_one_line_and_help_shows_examples():
     done = call("--src=x", "--out=y")
     assert done.returncode == 2
     assert done.stderr == "error: the following arguments are required: --dst\n"
     done = call("--help")
     assert done.returncode == 0
     assert "--src=sam2.1_hiera_tiny.pt --dst=tiny\n" in done.stdout
+
+
+class Code:
+    """Makes a folder where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("run",)
+
+
+def test_a_file_with_code_is_one_line(tmp_path, monkeypatch):
+    """Torch warns of such a file on lines of its own."""
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"model": Code()}, protocol=4))
+    done = call("--src=evil.pt", "--dst=out")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: evil.pt (") and done.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["evil.pt"]

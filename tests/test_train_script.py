@@ -105,7 +105,7 @@ def test_a_launcher_that_jax_does_not_know_is_named(script, joined, monkeypatch)
 def test_weights_are_checked_before_the_run(script, tmp_path, version):
     model = make_sam2("nano", 64, version)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    state = convert.to_reference(jax.tree.map(lambda x: weights.hollow(x.shape), shapes))
+    state = convert.hollow_reference(shapes)
     weights.write(tmp_path / "w.safetensors", state)
     config = config_lib.load_file(str(ROOT / "configs/smoke.py"))
     config.data.batch_size = jax.device_count()

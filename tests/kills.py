@@ -1,0 +1,148 @@
+"""Kills a run with SIGKILL at random instants, and compares it with one that was left alone.
+
+    python -m tests.kills
+    python -m tests.kills --kills=5 --steps=60 --folder=/tmp/kills
+
+Nano in float32 on the CPU, with worker processes, a moving average, evaluations, and checkpoints
+every few steps, written in the background. Three kills in four fall at random between a start's
+first step and twice its share of the run, among steps, evaluations and saves; the others while it
+starts. After each every checkpoint that is there is read whole and its sums are compared. A line is
+printed for each kill. Exit status 1 if a checkpoint cannot be read, or a row of the metrics or a
+final parameter differs in a bit from those of the run that was left alone.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+# This process only reads checkpoints
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from sam2_jax import arrays, checkpoint, integrity
+from tests import processes
+
+EVALUATED, SAVED = 40, 8  # steps from one to the next
+SETTINGS = {
+    "model.resolution": 64,
+    "data.num_frames": 3,
+    "data.workers": 2,
+    "data.synthetic.eval_clips": 2,
+    "data.synthetic.eval_frames": 3,
+    "train.precision": "float32",
+    "train.log_every": 1,
+    "train.ema_decay": 0.99,
+    "train.eval_every": EVALUATED,
+    "checkpoint.every_steps": SAVED,
+}
+START = 10.0  # seconds in which a kill may fall while a run starts
+POLL = 0.05
+
+
+def read_whole(step: pathlib.Path) -> dict[str, list[np.ndarray]]:
+    """Every array of a checkpoint by item, its other items read too; `UserError` if it cannot be.
+
+    What the checkpoint's sums do not confirm is such an error as well.
+    """
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shaped = functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    found = {}
+    for item in ("params", "optimizer", checkpoint.EMA):
+        with integrity.reading(step / item), ocp.PyTreeCheckpointer() as reader:
+            stored = reader.metadata(step.resolve() / item).item_metadata.tree
+        like = jax.tree.map(lambda x: shaped(x.shape, x.dtype), stored)
+        tree = arrays.read(step / item, like)
+        found[item] = [np.asarray(x) for x in jax.tree.leaves(tree)]
+    for item in (checkpoint.DATA, checkpoint.CONFIG):
+        integrity.read_json(step / item)
+    return found
+
+
+def start(workdir: pathlib.Path, steps: int) -> subprocess.Popen:
+    """The run, from whatever `workdir` holds."""
+    flags = {"train.steps": steps, **SETTINGS}
+    arguments = [f"--config.{key}={value}" for key, value in flags.items()]
+    return processes.start(workdir, 1, 1, ["--config=configs/smoke.py", *arguments])[0]
+
+
+def last_write(workdir: pathlib.Path) -> float:
+    """When the metrics were last written, which a start does before its first step; 0: never."""
+    path = workdir / "metrics.jsonl"
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def kill_one(workdir: pathlib.Path, steps: int, draw: random.Random, share: float) -> str:
+    """Starts the run, kills it and says when, or that it came to its end."""
+    before = last_write(workdir)
+    process = start(workdir, steps)
+    if draw.random() < 0.25:
+        wait, when = draw.uniform(0, START), "after the start"
+    else:
+        while last_write(workdir) == before and process.poll() is None:
+            time.sleep(POLL)
+        wait, when = draw.uniform(0, 2 * share), "after the first step"
+    try:
+        process.wait(wait)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return f"{wait:.2f} s {when}"
+    if process.returncode:
+        raise RuntimeError(processes.log_of(workdir, 0).read_text())
+    return ""
+
+
+def main() -> int:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--folder", type=pathlib.Path, help="for the runs; kept if given")
+    args = parser.parse_args()
+    draw = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or pathlib.Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        alone, killed = folder / "alone", folder / "killed"
+        process, began = start(alone, args.steps), 0.0
+        while process.poll() is None:
+            began = began or last_write(alone)
+            time.sleep(POLL)
+        if process.returncode:
+            raise RuntimeError(processes.log_of(alone, 0).read_text())
+        share = (last_write(alone) - began) / args.kills
+        print(f"left alone: {args.steps} steps in {share * args.kills:.1f} s", flush=True)
+        kills, when = 0, "-"
+        while when and kills < args.kills:
+            when = kill_one(killed, args.steps, draw, share)
+            if when:
+                kills += 1
+                there = checkpoint.steps_of(killed)
+                for step in there:
+                    read_whole(killed / checkpoint.CHECKPOINTS / str(step))
+                done = len(processes.rows(killed))
+                print(f"kill {kills}: {when}, {done} rows, checkpoints {there} whole", flush=True)
+        code = start(killed, args.steps).wait()
+        if code:
+            raise RuntimeError(processes.log_of(killed, 0).read_text())
+        rows = [processes.rows(x) for x in (killed, alone)]
+        last = [read_whole(x / checkpoint.CHECKPOINTS / str(args.steps)) for x in (killed, alone)]
+    same_rows = rows[0] == rows[1]
+    same_arrays = jax.tree.all(jax.tree.map(np.array_equal, *last))
+    print(f"{kills} kills; {len(rows[1])} rows: {'identical' if same_rows else 'DIFFERENT'}")
+    print(f"parameters, optimizer, average: {'identical' if same_arrays else 'DIFFERENT'}")
+    return int(not (same_rows and same_arrays and kills == args.kills))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
