@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Seconds without a sign of life after which a process is taken for dead, and all others end too:
 # a collective operation on an accelerator would wait for it for ever.
 SILENCE = 60
+ARRIVAL = 300  # seconds that a process waits at the start for all others to be there
 
 
 def has_peers() -> bool:
@@ -45,19 +47,40 @@ def connect(coordinator: str, processes: int | None, process: int | None) -> Non
         processes, process: their number, and which one this is; only with `coordinator`.
 
     Raises:
-        UserError: one is given without the others, or JAX does not find the other processes.
+        UserError: one is given without the others or cannot be, or JAX does not find the other
+            processes.
+
+    Where others do not come, JAX ends this process after `ARRIVAL` seconds, which is said first.
     """
+    limits: dict[str, Any] = {
+        "heartbeat_timeout_seconds": SILENCE,
+        "initialization_timeout": ARRIVAL,
+    }
     if coordinator:
         if processes is None or process is None:
             raise UserError("--coordinator_address needs --num_processes and --process_id too")
-        jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=SILENCE
-        )
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise UserError(f"--coordinator_address={coordinator} is not HOST:PORT")
+        if processes < 1:
+            raise UserError(f"--num_processes={processes} must be at least 1")
+        if not 0 <= process < processes:
+            raise UserError(
+                f"--process_id={process} is not one of --num_processes={processes}: expected 0 to "
+                f"{processes - 1}"
+            )
+        if processes > 1:
+            print(
+                f"process {process} of {processes}: waiting for the others at {coordinator}, for "
+                f"{ARRIVAL} s at most; if one does not come, its own log says why",
+                file=sys.stderr,
+                flush=True,
+            )
+        jax.distributed.initialize(coordinator, processes, process, **limits)
     elif processes is not None or process is not None:
         raise UserError("--num_processes and --process_id need --coordinator_address=HOST:PORT")
     elif has_peers():
         try:
-            jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE)
+            jax.distributed.initialize(**limits)
         except ValueError as e:
             raise UserError(
                 f"there are other processes, but JAX does not find them ({e}): give "

@@ -5,6 +5,7 @@ Whatever the user can mend ends as one line `error: ...` with exit status 2, fla
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import re
@@ -163,10 +164,15 @@ def to_json(config: Config) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def run(main: Callable[[Config], int | None]) -> None:
+def run(
+    main: Callable[[Config], int | None],
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> None:
     """Runs a script: parses flags, loads and checks --config, turns `UserError` into exit 2.
 
-    --help prints the docstring of the script and its flags.
+    The settings are checked inside `within`, in which processes of one run have found each other,
+    so that none waits for one that has ended. --help prints the docstring of the script and its
+    flags.
     """
     config_flags.DEFINE_config_file(
         "config", help_string="config file: FILE.py, FILE.py:VARIANT or FILE.py:VARIANT,gpu=GB"
@@ -177,7 +183,8 @@ def run(main: Callable[[Config], int | None]) -> None:
     def wrapped(argv: Sequence[str]) -> int | None:
         del argv
         try:
-            return main(finish(flags.FLAGS.config))
+            with within():
+                return main(finish(flags.FLAGS.config))
         except UserError as e:
             return fail(e)
 

@@ -25,7 +25,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for `import configs`
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -81,6 +83,14 @@ WEIGHTS = "https://github.com/facebookresearch/sam2#model-description"
 def connect() -> None:
     """Joins the other processes of the run, if it has any."""
     cluster.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Among the other processes of the run, which end together."""
+    connect()
+    with cluster.ending_together():
+        yield
 
 
 def say(text: str) -> None:
@@ -146,18 +156,11 @@ def main(config: Any) -> int | None:
     Exit status 75 if it was asked to end (SIGTERM, SIGINT): what was done is saved, and the same
     command goes on.
     """
-    connect()
-    with cluster.ending_together():
-        flat = config_lib.flat_keys(config)
-        flat |= {"--workdir": _WORKDIR.value, "--replay": _REPLAY.value}
-        cluster.agree(flat, "give all processes the same --config and the same options")
-        if _REPLAY.value:
-            return repeat(config, pathlib.Path(_REPLAY.value))
-        return start(config)
-
-
-def start(config: Any) -> int | None:
-    """`main` among the other processes of the run."""
+    flat = config_lib.flat_keys(config)
+    flat |= {"--workdir": _WORKDIR.value, "--replay": _REPLAY.value}
+    cluster.agree(flat, "give all processes the same --config and the same options")
+    if _REPLAY.value:
+        return repeat(config, pathlib.Path(_REPLAY.value))
     run = prepare(config)
     held = stopping.take(run.workdir)
     batches = catalogue.make_train_loader(
@@ -286,4 +289,4 @@ def repeat(config: Any, path: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    config_lib.run(main)
+    config_lib.run(main, joined)

@@ -27,6 +27,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from sam2_jax import arrays, checkpoint, integrity
 from tests import processes
@@ -57,8 +58,9 @@ def read_whole(step: pathlib.Path) -> dict[str, list[np.ndarray]]:
     shaped = functools.partial(jax.ShapeDtypeStruct, sharding=place)
     found = {}
     for item in ("params", "optimizer", checkpoint.EMA):
-        with integrity.reading(step / item), ocp.PyTreeCheckpointer() as reader:
-            stored = reader.metadata(step.resolve() / item).item_metadata.tree
+        with integrity.reading(step / item):
+            place_of = epath.Path((step / item).resolve())
+            stored = ocp.PyTreeCheckpointHandler().metadata(place_of).tree
         like = jax.tree.map(lambda x: shaped(x.shape, x.dtype), stored)
         tree = arrays.read(step / item, like)
         found[item] = [np.asarray(x) for x in jax.tree.leaves(tree)]

@@ -1,13 +1,17 @@
 """A run of several real processes: the same numbers as one, and none outlives another's death."""
 
+import os
 import pathlib
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from sam2_jax import cluster
+from sam2_jax import cluster, stopping
+from sam2_jax.types import UserError
 from tests import processes
 
 DEVICES = 2  # of a run, in one process or one in each; tests/meshes.py has more of both
@@ -87,3 +91,72 @@ def test_processes_that_disagree_stop_before_anything(tmp_path):
     said = end_of(processes.log_of(workdir, 0))
     assert "process 1 has seed=4 where process 0 has seed=3" in said
     assert not workdir.exists()
+
+
+def test_a_setting_that_cannot_be_in_one_process_ends_all(tmp_path):
+    workdir = tmp_path / "run"
+    address = f"localhost:{processes.free_port()}"
+    started = [
+        processes.start_one(workdir, i, 2, 1, address, arguments(**{"train.precision": precision}))
+        for i, precision in enumerate(("float32", "float16"))
+    ]
+    first, second = [process.wait(cluster.SILENCE) for process in started]
+    assert (first != 0, second) == (True, 2)
+    logs = [end_of(processes.log_of(workdir, i)) for i in range(2)]
+    assert f"waiting for the others at {address}" in logs[0]
+    assert "error: train.precision" in logs[1]
+    assert not workdir.exists()
+
+
+@pytest.fixture
+def peers(tmp_path):
+    """Two processes of tests/peers.py, both under way, and where each prints its steps."""
+    address = f"localhost:{processes.free_port()}"
+    started = []
+    for i in range(2):
+        command = [sys.executable, "-m", "tests.peers", address, "2", str(i)]
+        with (tmp_path / f"{i}.log").open("w") as log:
+            env = os.environ | {"JAX_PLATFORMS": "cpu"}
+            started.append(subprocess.Popen(command, cwd=processes.ROOT, env=env, stdout=log))
+    while any(not steps_of(tmp_path / f"{i}.log") for i in range(2)):
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.02)
+    yield started, [tmp_path / f"{i}.log" for i in range(2)]
+    for process in started:
+        process.kill()
+
+
+def steps_of(log: pathlib.Path) -> list[int]:
+    whole = log.read_text().split("\n")[:-1]
+    return [int(line) for line in whole if line.isdigit()]
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_where_one_is_asked_to_stop_all_stop_after_the_same_step(peers, asked):
+    started, logs = peers
+    started[asked].send_signal(signal.SIGTERM)
+    assert [process.wait(cluster.SILENCE) for process in started] == [stopping.STOPPED] * 2
+    assert steps_of(logs[0]) == steps_of(logs[1])
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_whichever_is_killed_the_other_ends(peers, killed):
+    """The first one is the one that JAX's service of all runs in."""
+    started, _ = peers
+    started[killed].kill()
+    assert started[1 - killed].wait(cluster.SILENCE) not in {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("localhost", 2, 0), "--coordinator_address=localhost is not HOST:PORT"),
+        (("localhost:1", 0, 0), "--num_processes=0 must be at least 1"),
+        (("localhost:1", 2, 2), "--process_id=2 is not one of --num_processes=2: expected 0 to 1"),
+        (("localhost:1", 2, -1), "--process_id=-1 is not one of"),
+        (("localhost:1", 2, None), "needs --num_processes and --process_id"),
+    ],
+)
+def test_what_cannot_be_joined_is_said_at_once(given, words):
+    with pytest.raises(UserError, match=words):
+        cluster.connect(*given)

@@ -8,12 +8,14 @@ Every comparison is a two-sample test that calls equal distributions different w
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import training.model.sam2
 from sam2.modeling.sam2_utils import get_next_point, sample_box_points
 from scipy import stats
 from training.model.sam2 import SAM2Train
@@ -74,6 +76,38 @@ def test_plans(seed, frames):
         for i in range(DRAWS)
     )
     same_counts(ours, reference_plans(seed, frames))
+
+
+def reference_from_truth(seed: int) -> Counter:
+    """Which clicks of a corrected frame the reference draws from the truth alone."""
+    drawn: list[bool] = []
+
+    def next_point(gt_masks, pred_masks, method):
+        drawn.append(pred_masks is None)
+        return torch.zeros(1, 1, 2), torch.zeros(1, 1)
+
+    masks = torch.zeros(1, 1, 2, 2)
+    model: Any = SimpleNamespace(
+        training=True,
+        prob_to_sample_from_gt_for_train=0.1,
+        num_correction_pt_per_frame=7,
+        rng=np.random.default_rng(seed),
+        use_act_ckpt_iterative_pt_sampling=False,
+        _use_multimask=lambda *_: False,
+        _forward_sam_heads=lambda **_: [masks] * 7,
+    )
+    with mock.patch.object(training.model.sam2, "get_next_point", next_point):
+        for _ in range(DRAWS):
+            rest = [masks, [masks], masks, *[masks] * 6, {}]
+            SAM2Train._iter_correct_pt_sampling(model, True, None, *rest)
+    return Counter(map(tuple, np.reshape(drawn, (DRAWS, 7)).tolist()))
+
+
+def test_clicks_from_the_truth(seed):
+    keys = jax.random.split(jax.random.key(seed), DRAWS)
+    sample = jax.vmap(lambda key: prompts.sample_plan(key, 1, prompts.PromptSettings()).from_truth)
+    ours = Counter(map(tuple, np.asarray(jax.jit(sample)(keys))[:, 0].tolist()))
+    same_counts(ours, reference_from_truth(seed))
 
 
 def regions(name: str) -> tuple[np.ndarray, np.ndarray | None]:

@@ -15,7 +15,7 @@ from sam2_jax.decode import NO_OBJECT
 from sam2_jax.resize import resize
 from tests.parity import tolerances
 from tests.parity.cases import Case, Chosen, choose, scores_of, winners_of
-from tests.parity.compare import close_to_exact, judge, same_mask
+from tests.parity.compare import close_to_exact, judge, record, same_mask
 from tests.parity.gradients import Truth, compare_gradients
 from tests.parity.ours import converted, prompts_of
 
@@ -134,7 +134,12 @@ def compare_losses(ours: dict, chosen: Chosen, prefix: str):
         true = float(chosen.exact.losses[name].detach())
         runs = (float(run.losses[name].detach()) for run in chosen.runs())
         # A pixel whose logit rounding puts on either side of 0 counts in the IoU or not
-        slack = worth_of_doubtful_pixels(chosen) if name in ("loss_iou", "core_loss") else 0.0
+        slack = 0.0
+        if name in ("loss_iou", "core_loss"):
+            slack = worth_of_doubtful_pixels(chosen)
+            share = slack / abs(true)
+            record(f"{prefix}{name}: share left to doubtful pixels", share, tolerances.DOUBTFUL)
+            assert share <= tolerances.DOUBTFUL
         error = max(abs(float(value) - true) - slack, 0.0) / abs(true)
         own = (abs(theirs - true) / abs(true) for theirs in runs)
         judge(f"{prefix}{name}", error, tolerances.LOSS, own)

@@ -21,6 +21,9 @@ MODULE = 1e-5
 ROLLOUT = 1e-4
 # Each loss term and the total: sums over the outputs of a clip.
 LOSS = 1e-4
+# A pixel whose logit rounding puts on either side of 0 counts in the IoU that its prediction is
+# taught, or not: what such pixels may be worth is left out, and is at most this share of the loss.
+DOUBTFUL = 1e-3
 # Gradient of one parameter, error and scale as Euclidean norms; and the median over parameters.
 GRADIENT = 1e-3
 GRADIENT_MEDIAN = 1e-4
