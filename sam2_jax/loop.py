@@ -8,6 +8,7 @@ is later is cut at resume and done again, and an evaluation without a row is mad
 import contextlib
 import math
 import pathlib
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,9 +18,12 @@ from jax.sharding import Mesh
 
 from sam2_jax import cluster, sharding, stopping
 from sam2_jax.progress import Clock, Display
-from sam2_jax.records import METRICS, WORST, Records, WorstRow, was_evaluated
+from sam2_jax.records import METRICS, NOTHING_SEEN, WORST, Records, Seen, was_evaluated
 from sam2_jax.train import Metrics, RandomKey, State, TrainStep
 from sam2_jax.types import Batch, UserError
+
+RECENT, ENOUGH = 50, 10  # steps that say what loss is usual, and the fewest that do
+SPIKE = 10.0  # times the usual, from which on a loss is told of at once
 
 
 class LoopSettings(NamedTuple):
@@ -105,16 +109,31 @@ class Profile:
 
 
 class Worst:
-    """The batches of the highest loss, so that someone can look at them."""
+    """The batches whose losses stood out most from those before, so that someone can look at them.
 
-    def __init__(self, rows: list[WorstRow]):
-        """`rows`: of an earlier start, to go on from."""
-        self.rows = rows
+    By loss of a decoder pass, for plans differ in the number of these, over the median of the
+    `RECENT` steps before: at any time of a run, whatever the losses were at its beginning.
+    """
 
-    def see(self, loss: float, step: int, clips: list[str]) -> None:
-        """One more batch; a loss that is not finite is above all others."""
-        rows = [*self.rows, (loss if math.isfinite(loss) else math.inf, step, clips)]
-        self.rows = sorted(rows, reverse=True)[:WORST]
+    def __init__(self, seen: Seen = NOTHING_SEEN):
+        """`seen`: by an earlier start, to go on from."""
+        self.seen = seen
+
+    def see(self, step: int, loss: float, passes: float, clips: list[str]) -> float:
+        """One more batch: how many times the usual its loss is; infinity if it is not finite.
+
+        1 for the first few, where nothing is usual yet.
+        """
+        each = loss / max(passes, 1.0)
+        finite = [x for _, x in self.seen.recent[-RECENT:]]
+        usual = statistics.median(finite) if len(finite) >= ENOUGH else each
+        times = each / usual if usual else 1.0
+        times = times if math.isfinite(each) else math.inf
+        rows = sorted([*self.seen.rows, (times, step, loss, clips)], reverse=True)[:WORST]
+        recent = [*self.seen.recent, (step, each)] if math.isfinite(each) else self.seen.recent
+        # As many again, so that what a start goes back behind is still there
+        self.seen = Seen(rows, recent[-2 * RECENT :])
+        return times
 
 
 def run_loop(
@@ -145,25 +164,38 @@ def run_loop(
     records = Records(workdir, done, settings.wandb) if leads else None
     display = Display(done, settings.steps, leads)
     profile = Profile(settings.profile_steps if leads else (), workdir)
-    worst, clock = Worst(records.read_worst(done) if records else []), Clock()
+    worst, clock = Worst(records.read_worst(done) if records else NOTHING_SEEN), Clock()
+    skipped_in_all = records.count_skipped() if records else 0
     began = time.perf_counter()
 
     def finish(step: int, metrics: Metrics, batch: Batch) -> bool:
         """Reads and shows; whether one more step that is not finite is one too many."""
+        nonlocal skipped_in_all
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = values.get("skipped_in_a_row", 0.0)
         if skipped > settings.max_skipped and hooks.bad_step:
             raise hooks.bad_step(step, state, batch, values)
         if hooks.source_of:
             values[f"{hooks.source_of(step - 1)}/loss"] = values["loss"]
+        skipped_in_all += skipped > 0
+        if settings.max_skipped:
+            values["skipped"] = float(skipped_in_all)
         if hooks.clips_of and records:
-            worst.see(values["loss"], step, hooks.clips_of(step - 1))
+            clips = hooks.clips_of(step - 1)
+            loss = math.inf if skipped else values["loss"]
+            times = worst.see(step, loss, values["passes"], clips)
+            if skipped:
+                display.say(f"step {step} is not finite and skipped: {', '.join(clips)}")
+            elif times >= SPIKE:
+                what = f"loss {loss:.4g}, {times:.0f} times the usual for its prompts"
+                display.say(f"step {step}: {what}, on {', '.join(clips)}")
         videos, frames = batch.images.shape[:2]
         clock.tick(videos, videos * frames)
         display.step(values["loss"])
         if step == done + 1:
             display.say(f"compiled; first step done after {time.perf_counter() - began:.0f} s")
-        if step == 1 or step == settings.steps or step % settings.log_every == 0:
+        regular = step == 1 or step == settings.steps or step % settings.log_every == 0
+        if regular or skipped:
             row = values | clock.read()
             display.row(step, row)
             if records:
@@ -198,7 +230,7 @@ def run_loop(
         stack.callback(profile.close)
         if records:
             stack.callback(records.close)
-            stack.callback(lambda: records.worst(worst.rows))
+            stack.callback(lambda: records.worst(worst.seen))
         if done and due(done) and owes_evaluation(workdir, done):
             evaluate(done)
         pending: tuple[int, Metrics, Batch] | None = None
@@ -226,7 +258,7 @@ def run_loop(
                 continue
             if records:
                 records.sync()
-                records.worst(worst.rows)
+                records.worst(worst.seen)
             hooks.save(step, state)
             if evaluates:
                 evaluate(step)

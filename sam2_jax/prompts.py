@@ -64,6 +64,16 @@ def sample_plan(key: PRNGKeyArray, num_frames: int, settings: PromptSettings) ->
     )
 
 
+def taught_passes(plan: PromptPlan) -> Int[Array, ""]:
+    """Decoder passes whose masks the loss teaches, of all frames: to compare losses of plans by.
+
+    A frame has one, none where its mask was given, and one more for each correction click.
+    """
+    given = plan.is_cond & ~plan.use_points
+    clicks = plan.from_truth.shape[1] * plan.is_corrected.sum()
+    return (~given).sum() + clicks
+
+
 def mask_plan(num_frames: int) -> PromptPlan:
     """Semi-supervised tracking: the mask of frame 0 and nothing else."""
     t = jnp.arange(num_frames, dtype=jnp.int32)

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -58,7 +58,16 @@ def plain(value: float) -> float | None:
 
 METRICS, BEST, WORST_FILE = "metrics.jsonl", "best.json", "worst.json"
 WORST = 10  # batches that are listed
-WorstRow = tuple[float, int, list[str]]  # loss, step, clips
+
+
+class Seen(NamedTuple):
+    """Batches whose losses stood out, and what was usual; see `loop.Worst`."""
+
+    rows: list[tuple[float, int, float, list[str]]]  # times the usual, step, loss, clips
+    recent: list[tuple[int, float]]  # step, loss of a decoder pass
+
+
+NOTHING_SEEN = Seen([], [])
 
 
 def wandb() -> Any:
@@ -122,17 +131,37 @@ class Records:
                 if self._wandb:
                     self._wandb.log({f"eval/{path.stem}": wandb().Image(pixels)}, step=step)
 
-    def worst(self, rows: Sequence[WorstRow]) -> None:
-        """Writes worst.json: loss, step and clips of the batches with the highest losses."""
-        text = [{"loss": plain(loss), "step": n, "clips": clips} for loss, n, clips in rows]
-        self._replace(WORST_FILE, json.dumps(text, indent=1) + "\n")
+    def count_skipped(self) -> int:
+        """Steps without an update in the rows that there are, each of which has one."""
+        return sum(bool(row.get("skipped_in_a_row")) for row in whole_rows(self.path))
 
-    def read_worst(self, step: int) -> list[WorstRow]:
-        """Those of steps up to `step`, as an earlier start wrote them."""
+    def worst(self, seen: Seen) -> None:
+        """Writes worst.json: clips, step, loss and how far it stood out, the furthest first."""
+        rows = [
+            {"times_the_usual": plain(times), "step": n, "loss": plain(loss), "clips": clips}
+            for times, n, loss, clips in seen.rows
+        ]
+        text = json.dumps({"worst": rows, "recent": seen.recent}) + "\n"
+        self._replace(WORST_FILE, text)
+
+    def read_worst(self, step: int) -> Seen:
+        """What concerns steps up to `step`, as an earlier start wrote it."""
         path = self.path.parent / WORST_FILE
-        rows = json.loads(path.read_text()) if path.exists() else []
-        found = [(row["loss"], row["step"], row["clips"]) for row in rows if row["step"] <= step]
-        return [(math.inf if loss is None else loss, n, clips) for loss, n, clips in found]
+        if not path.exists():
+            return NOTHING_SEEN
+        found = json.loads(path.read_text())
+
+        def number(x: float | None) -> float:
+            return math.inf if x is None else x
+
+        rows = [
+            (number(row["times_the_usual"]), row["step"], number(row["loss"]), row["clips"])
+            for row in found["worst"]
+        ]
+        return Seen(
+            [row for row in rows if row[1] <= step],
+            [(n, each) for n, each in found["recent"] if n <= step],
+        )
 
     def _replace(self, name: str, text: str) -> None:
         """Writes a file of the workdir so that it is the old one or the new one at any time."""

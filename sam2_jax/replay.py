@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,12 +88,13 @@ def save(
     values: dict[str, float],
     clips: Sequence[str],
     command: Sequence[str],
+    settings: Mapping[str, Any],
 ) -> UserError:
     """Writes the report and what repeats the step; the error that ends the run, to be raised.
 
     To be called on all processes, with the state after the step or the one after that; returns
     once all have written. `values` are the step's metrics, `command` the arguments that
-    scripts/train.py was started with.
+    scripts/train.py was started with, `settings` those of the config that it came to.
     """
     folder = (workdir / BAD / str(step)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +112,7 @@ def save(
             "values": {name: plain(value) for name, value in values.items()},
             "clips": list(clips),
             "command": without_places(command),
+            "settings": dict(settings),
             "processes": jax.process_count(),
             "exact": exact,
         }

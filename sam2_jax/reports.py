@@ -11,7 +11,8 @@ def read_report(path: pathlib.Path) -> dict[str, Any]:
     """What `save` wrote; raises `UserError` if it is no such file."""
     try:
         report = json.loads(path.read_text())
-        if isinstance(report["step"], int) and isinstance(report["command"], list):
+        kinds = {"step": int, "command": list, "settings": dict}
+        if all(isinstance(report[name], kind) for name, kind in kinds.items()):
             return report
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

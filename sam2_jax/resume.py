@@ -80,8 +80,11 @@ def changed_keys(workdir: pathlib.Path, flat: Mapping[str, Any]) -> dict[str, st
     Keys that only one of them has are among these.
     """
     config = settings_before(workdir)
-    if config is None:
-        return {}
+    return {} if config is None else differences(config, flat)
+
+
+def differences(config: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted key -> 'old -> new', of all in which `flat` differs from nested settings of JSON."""
     before = _flat(config)
     now = json.loads(json.dumps(dict(flat)))
     return {

@@ -24,6 +24,22 @@ class Interrupted(Exception):
     """An evaluation was left for a request to end."""
 
 
+def end_until_asked_otherwise() -> None:
+    """SIGTERM and SIGINT end this process as one that may be started again, until a `Request`.
+
+    Before the first step there is nothing to save.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        name = signal.Signals(number).name
+        print(f"asked to end ({name}) before the first step", file=sys.stderr)
+        sys.exit(STOPPED)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+
+
 class Request:
     """Notes SIGTERM (a scheduler's warning) and SIGINT, to be asked about after every step.
 

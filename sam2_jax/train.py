@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Int, Key, PRNGKeyArray
 
-from sam2_jax import lora, optim, partition, rules, sharding
+from sam2_jax import lora, optim, partition, prompts, rules, sharding
 from sam2_jax.types import Array, Batch, PromptPlan
 from sam2_jax.updates import UpdateState
 
@@ -107,7 +107,8 @@ def make_train_step(
     Where loss or gradient is not finite nothing is updated, and the state counts it; with `skip`
     the next step goes on, without it no later step changes anything either, so that the state
     stays the one on which it happened. Metrics: `loss`, the terms, norms of gradient (before
-    clipping) and update, whole and of each part of the model, rates, `skipped_in_a_row`.
+    clipping) and update, whole and of each part of the model, rates, `skipped_in_a_row`, `passes`
+    (see `prompts.taught_passes`).
     """
     dtype, reduced = jnp.dtype(precision), jnp.dtype(reduce_precision)
 
@@ -195,6 +196,7 @@ def make_train_step(
             finite &= state.skipped == 0
         counted = jnp.where(finite, 0, state.skipped + 1)
         metrics["skipped_in_a_row"] = counted
+        metrics["passes"] = prompts.taught_passes(plan)
         for name, schedule in optimizer.schedules.items():
             metrics[name] = jnp.asarray(schedule(state.step))
         old = (trained, state.opt_state, state.ema)

@@ -13,7 +13,7 @@ file system, gets
   overlay.png, overlay-SET.png    predicted and true outlines, and the prompts, of each evaluation
   loss.png                        curves
   checkpoints/N/                  of step N; best.json says which evaluation was best
-  worst.json                      clips with the highest losses
+  worst.json                      clips whose losses stood out most
   bad/N/report.json               of a step that was not finite, for --replay
 
 SIGTERM and Ctrl-C save, and end with exit status 75: the same command goes on. What the user can
@@ -72,7 +72,7 @@ LEFT = (
     ("loss.png", "curves"),
     ("metrics.jsonl", "every logged number"),
     ("best.json", "step and value of the best evaluation"),
-    ("worst.json", "clips with the highest losses"),
+    ("worst.json", "clips whose losses stood out most"),
     ("config.json", "the settings"),
     ("checkpoints", "to evaluate, convert, or go on from"),
     ("tensorboard", "the same numbers, pictures and traces, for tensorboard --logdir"),
@@ -89,6 +89,8 @@ def connect() -> None:
 def joined() -> Iterator[None]:
     """Among the other processes of the run, which end together."""
     connect()
+    if jax.process_count() == 1:
+        stopping.end_until_asked_otherwise()
     with cluster.ending_together():
         yield
 
@@ -202,6 +204,7 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
     if jax.process_index() == 0:
         resume.write_config(run.workdir, config_lib.to_json(config))
 
+    settings = config.to_dict()
     picture = curves.Curves(run.workdir) if jax.process_index() == 0 else None
     evaluate, request = None, stopping.Request()
     if run.eval_sets:
@@ -224,11 +227,10 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
         step: int, state: train.State, batch: Batch, values: dict[str, float]
     ) -> UserError:
         clips = batches.clips_of(step - 1)
-        return replay.save(run.workdir, step, state, batch, values, clips, sys.argv[1:])
+        return replay.save(run.workdir, step, state, batch, values, clips, sys.argv[1:], settings)
 
     step_fn = recipe.make_config_step(config, run.model, run.optimizer, run.mesh)
     say("compiling the step, which takes minutes the first time ...")
-    settings = config.to_dict()
     with checkpoint.opened(run.workdir, checkpoint.make_keep(config)) as manager:
 
         def save(step: int, state: train.State) -> None:
@@ -278,6 +280,9 @@ def repeat(config: Any, path: pathlib.Path) -> None:
     run = prepare(config)
     say(f"repeating step {report['step']}, not finite: {', '.join(report['not_finite'])}")
     say(f"clips: {', '.join(report['clips'])}")
+    changed = resume.differences(report["settings"], config_lib.flat_keys(config))
+    for key, change in changed.items():
+        say(f"note: changed since that step: {key}: {change}")
     if not report.get("exact", True):
         say("note: the parameters are those after the step that followed, which was finite")
     step_fn = recipe.make_config_step(config, run.model, run.optimizer, run.mesh)

@@ -27,8 +27,12 @@ def start_one(
     devices: int,
     address: str,
     arguments: list[str],
+    start_new_session: bool = False,
 ) -> subprocess.Popen:
-    """One process of a run, with `devices` CPU devices; what it says is in `log_of`."""
+    """One process of a run, with `devices` CPU devices; what it says is in `log_of`.
+
+    `start_new_session`: it leads a group of its own, of all that it starts.
+    """
     command = [sys.executable, "scripts/train.py", f"--workdir={workdir}", *arguments]
     if processes > 1:
         command += [f"--coordinator_address={address}", f"--num_processes={processes}"]
@@ -36,15 +40,27 @@ def start_one(
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of the time is compilation
     with log_of(workdir, process).open("w") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=start_new_session,
+        )
 
 
 def start(
-    workdir: pathlib.Path, processes: int, devices: int, arguments: list[str]
+    workdir: pathlib.Path,
+    processes: int,
+    devices: int,
+    arguments: list[str],
+    start_new_session: bool = False,
 ) -> list[subprocess.Popen]:
     """All `processes` of a run, with `devices` each."""
     address = f"localhost:{free_port()}"
-    return [start_one(workdir, i, processes, devices, address, arguments) for i in range(processes)]
+    each = processes, devices, address, arguments, start_new_session
+    return [start_one(workdir, i, *each) for i in range(processes)]
 
 
 def log_of(workdir: pathlib.Path, process: int) -> pathlib.Path:

@@ -42,7 +42,7 @@ def main(folder: pathlib.Path, address: str, processes: int, process: int) -> No
     values = {name: float(value) for name, value in metrics.items()}
     values["skipped_in_a_row"] = float(bad["skipped_in_a_row"])
     command = ["--x=1", f"--process_id={process}", "--num_processes", "2"]
-    replay.save(folder, STEP, state, share(STEP), values, ["a"], command)
+    replay.save(folder, STEP, state, share(STEP), values, ["a"], command, {})
     path = folder / replay.BAD / str(STEP) / replay.REPORT
     again = replay.repeat(path, step, like, mesh, jax.random.key(KEY))
     assert again["loss"] == values["loss"], (again, values)

@@ -80,7 +80,8 @@ def fit(
         return {"eval/J&F": float(now.params["memory_attention"]["kernel"].sum())}
 
     def bad_step(n, now, batch, values):
-        return replay.save(workdir, n, now, batch, values, source.data.clips_of(n - 1), ["--x=1"])
+        clips = source.data.clips_of(n - 1)
+        return replay.save(workdir, n, now, batch, values, clips, ["--x=1"], {"x": 1})
 
     chosen: dict[str, Any] = {
         "log_every": 2,
@@ -172,7 +173,7 @@ def test_rows_and_checkpoints(tmp_path):
     plain = {k for k in table[0] if not k.startswith(("grad_norm/", "update_norm/"))}
     assert plain == {
         *("step", "loss", "loss_mask", "grad_norm", "update_norm", "learning_rate"),
-        "skipped_in_a_row",
+        *("skipped_in_a_row", "passes"),
     }
     assert np.float32(table[0]["learning_rate"]) == np.float32(1e-2)
     whole = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -182,8 +183,9 @@ def test_rows_and_checkpoints(tmp_path):
     assert kept(tmp_path) == [9, 10]
     assert list((tmp_path / "tensorboard").glob("events*"))
     worst = json.loads((tmp_path / "worst.json").read_text())
-    assert len(worst) == 10 and worst[0]["loss"] >= worst[1]["loss"]
-    assert worst[0]["clips"] == [f"clip{worst[0]['step'] - 1}"]
+    first, second = worst["worst"][:2]
+    assert len(worst["worst"]) == 10 and first["times_the_usual"] >= second["times_the_usual"]
+    assert first["clips"] == [f"clip{first['step'] - 1}"]
 
 
 def test_the_best_and_every_so_many_are_kept_too(tmp_path):
@@ -206,6 +208,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_can_be_repeated(tmp_path):
     path = tmp_path / "bad/7/report.json"
     report = reports.read_report(path)
     assert report["step"] == 7 and report["clips"] == ["clip6"] and report["command"] == ["--x=1"]
+    assert report["settings"] == {"x": 1}
     assert report["values"]["loss"] is None and "loss_mask" in report["not_finite"]
     _, step, like = setup(mesh)
     with pytest.raises(FloatingPointError):
@@ -228,15 +231,15 @@ def test_the_step_repeated_is_that_very_step(tmp_path):
     assert np.float32(again["loss"]) == np.float32(rows(tmp_path / "fine")[-2]["loss"])
 
 
-def test_bad_steps_are_skipped_if_asked_for_up_to_a_number(tmp_path):
+def test_bad_steps_are_skipped_if_asked_for_up_to_a_number(tmp_path, capsys):
     mesh = sharding.make_mesh(4, 1, 1)
-    fit(tmp_path / "some", mesh, bad=(3, 6, 7), skip=2)
-    assert [r["skipped_in_a_row"] for r in rows(tmp_path / "some") if "loss" in r][:4] == [
-        0,
-        0,
-        0,
-        1,
-    ]
+    fit(tmp_path / "some", mesh, bad=(3, 6, 7), skip=2, log_every=100)
+    found = [r for r in rows(tmp_path / "some") if "loss" in r]
+    skipped = [(r["step"], r["skipped_in_a_row"], r["skipped"]) for r in found]
+    assert skipped == [(1, 0, 0), (3, 1, 1), (6, 1, 2), (7, 2, 3), (10, 0, 3)]
+    worst = json.loads((tmp_path / "some/worst.json").read_text())["worst"]
+    assert [row["step"] for row in worst[:3]] == [7, 6, 3] and worst[0]["loss"] is None
+    assert "step 6 is not finite and skipped: clip5" in capsys.readouterr().out
     with pytest.raises(UserError, match="step 7 is not finite"):
         fit(tmp_path / "many", mesh, bad=(5, 6, 7), skip=2)
 
@@ -287,7 +290,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch):
         stopping.take(tmp_path)
 
 
-def test_signals_are_noted_and_the_second_one_ends(monkeypatch):
+def test_signals_are_noted_and_the_second_one_ends():
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         request = stopping.Request()

@@ -55,11 +55,27 @@ def test_a_request_is_noticed_by_who_asks():
 
 
 def test_the_worst_batches():
-    worst = loop.Worst([])
-    for step, loss in enumerate([5.0, 4.0, 6.0, math.nan, 1.0, *[2.0] * 8], 1):
-        worst.see(loss, step, [f"clip{step}"])
-    assert len(worst.rows) == records.WORST
-    assert [step for _, step, _ in worst.rows[:4]] == [4, 3, 1, 2]
+    """A high loss of the beginning is none; a plan of many passes has a high one by nature."""
+    worst = loop.Worst()
+    losses = [99.0, *[2.0] * loop.ENOUGH, math.nan, *[1.0] * 2 * loop.RECENT, 8.0]
+    for step, loss in enumerate(losses, 1):
+        passes = 5.0 if step % 2 else 1.0
+        worst.see(step, loss * passes, passes, [f"clip{step}"])
+    assert len(worst.seen.rows) == records.WORST
+    assert [(times, step) for times, step, *_ in worst.seen.rows[:3]] == [
+        (math.inf, loop.ENOUGH + 2),
+        (8.0, len(losses)),
+        (1.0, worst.seen.rows[2][1]),
+    ]
+    assert len(worst.seen.recent) == 2 * loop.RECENT
+
+
+def test_a_spike_is_told_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "ENOUGH", 2)
+    monkeypatch.setattr(loop, "SPIKE", 0.5)
+    fit(tmp_path, MESH, steps=4, log_every=100)
+    said = capsys.readouterr().out
+    assert "step 4: loss " in said and "times the usual for its prompts, on clip3" in said
 
 
 def test_the_worst_batches_of_earlier_starts(tmp_path):
@@ -68,7 +84,8 @@ def test_the_worst_batches_of_earlier_starts(tmp_path):
         fit(tmp_path / "torn", MESH, kill_at=9)
     fit(tmp_path / "torn", MESH)
     worst = [json.loads((tmp_path / name / "worst.json").read_text()) for name in ("whole", "torn")]
-    assert worst[0] == worst[1] and len(worst[0]) == 10
+    assert worst[0] == worst[1] and len(worst[0]["worst"]) == 10
+    assert [step for step, _ in worst[0]["recent"]] == list(range(1, 11))
 
 
 def test_a_report_after_skipped_steps_has_the_state_before_the_step(tmp_path):

@@ -80,6 +80,40 @@ def test_two_processes_are_as_good_as_one_and_end_and_go_on_together(alone, tmp_
     assert re.search(r"^ +start +checkpoint of step", again, re.MULTILINE)
 
 
+def wait_for(process: subprocess.Popen, happened) -> None:
+    while not happened():
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def test_a_scheduler_that_asks_all_processes_of_a_run_to_end(alone, tmp_path):
+    """Before the first step there is nothing to save; later loaders go on until it is saved."""
+    workdir = tmp_path / "run"
+    given = arguments(**{"data.workers": 1})
+
+    def started() -> subprocess.Popen:
+        return processes.start(workdir, 1, DEVICES, given, start_new_session=True)[0]
+
+    def said(process: subprocess.Popen, text: str) -> bool:
+        return text in processes.log_of(workdir, 0).read_text()
+
+    process = started()
+    wait_for(process, lambda: workdir.exists())
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == stopping.STOPPED
+    assert said(process, "asked to end (SIGTERM) before the first step")
+    process = started()
+    wait_for(process, lambda: len(processes.rows(workdir)) >= 2)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == stopping.STOPPED
+    assert said(process, "the same command goes on from there")
+    before = len(processes.rows(workdir))
+    process = started()
+    assert process.wait(120) == 0
+    assert 2 <= before < STEPS
+    assert processes.rows(workdir) == alone
+
+
 def test_processes_that_disagree_stop_before_anything(tmp_path):
     workdir = tmp_path / "run"
     address = f"localhost:{processes.free_port()}"

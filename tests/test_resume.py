@@ -27,6 +27,7 @@ def test_changed_keys(tmp_path):
         "train.old": "1 -> not set",
     }
     assert resume.changed_keys(tmp_path / "none", flat) == {}
+    assert resume.differences({"a": {"b": [1]}}, {"a.b": (2,)}) == {"a.b": "[1] -> [2]"}
 
 
 @pytest.mark.parametrize(

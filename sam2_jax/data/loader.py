@@ -37,11 +37,13 @@ def end_with_trainer(index: int, count: int) -> None:
 
 
 def begin_worker(index: int, count: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the trainer, and end with it.
+    """Leave signals that all processes of a run get to the trainer, and end with it.
 
-    The trainer still wants batches then: it lets the step end, and saves.
+    A terminal sends Ctrl-C to all, a scheduler its SIGTERM. The trainer still wants batches then:
+    it lets the step end, and saves.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     end_with_trainer(index, count)
 
 
