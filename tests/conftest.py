@@ -5,9 +5,9 @@ import pathlib
 
 # Before JAX starts: tests of sharding want several devices, and a machine may have one core.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile for long what runs for milliseconds: half the time without LLVM's best efforts.
+# Tests compile for long what runs for milliseconds: half the time without LLVM's efforts.
 os.environ["XLA_FLAGS"] = (
-    "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=1 "
+    "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 "
     + os.environ.get("XLA_FLAGS", "")
 )
 
@@ -24,9 +24,16 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def numbers(text: str) -> list[int]:
+    """'0-3,7' to [0, 1, 2, 3, 7]."""
+    spans = [part.split("-") for part in text.split(",")]
+    return [i for span in spans for i in range(int(span[0]), int(span[-1]) + 1)]
+
+
 def pytest_addoption(parser):
     # Of tests/parity; pytest reads options only from here
-    parser.addoption("--parity-seed", type=int, default=0, help="weights, clips and prompts")
+    about = "weights, clips and prompts, a number or several: 0-3,7"
+    parser.addoption("--parity-seed", type=numbers, default=[0], help=about)
     parser.addoption("--parity-variant", default="nano", help="model size")
     parser.addoption("--parity-resolution", type=int, default=0, help="0: 64 for nano, else 256")
     parser.addoption("--parity-json", default="", help="file for the largest error of every part")

@@ -1,7 +1,8 @@
 """Comparison with the reference, where torch and the `sam2` package are installed.
 
-`--parity-seed` draws other weights, clips and prompts; `--parity-variant` takes another size and
-`--parity-resolution` another side of its images; `--parity-json` writes the errors to a file.
+`--parity-seed` draws other weights, clips and prompts (`0-3` four of each); `--parity-variant`
+takes another size and `--parity-resolution` another side of its images; `--parity-json` writes the
+errors to a file.
 """
 # pyright: reportMissingImports=false
 
@@ -31,7 +32,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.line(f"{worst.error:.1e}  {noise}  {worst.tolerance:g}  {part}")
     if path := config.getoption("--parity-json"):
         report = {
-            "seed": config.getoption("--parity-seed"),
+            "seeds": config.getoption("--parity-seed"),
             "variant": config.getoption("--parity-variant"),
             "resolution": resolution_of(config),
             "parts": {part: worst._asdict() for part, worst in sorted(compare.WORST.items())},
@@ -44,6 +45,12 @@ def resolution_of(config) -> int:
     return config.getoption("--parity-resolution") or default
 
 
+def pytest_generate_tests(metafunc):
+    """Every seed in one process: most of a test's time it traces and compiles, once for all."""
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", metafunc.config.getoption("--parity-seed"), scope="session")
+
+
 class Pair(NamedTuple):
     """The same weights in the reference and here."""
 
@@ -51,11 +58,6 @@ class Pair(NamedTuple):
     model: Any
     params: Mapping
     variant: str
-
-
-@pytest.fixture(scope="session")
-def seed(request) -> int:
-    return request.config.getoption("--parity-seed")
 
 
 @pytest.fixture(scope="session")
