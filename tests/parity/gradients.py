@@ -9,7 +9,7 @@ be that of the reference with some of those very gates (and no others) turned.
 # pyright: reportMissingImports=false
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,7 +24,9 @@ from tests.parity.rollout import float64, train_forward
 
 MOST_GATES = 40  # in doubt; each costs a backward pass
 WORTHWHILE = 0.99  # a gate is turned if that leaves less than this of the difference
+SAMPLED = 4096  # elements of a parameter's gradient by which gates are chosen, at random
 Gradient = dict[str, np.ndarray]
+Gate = tuple[int, int]  # the call, and the place in its input
 
 
 class Relu(torch.autograd.Function):
@@ -126,7 +128,8 @@ class Truth:
         assert self.exact.keys() == self.rounded.keys()
         self.total = norm(self.exact.values())
         self.known: list[Errors | None] = []  # of runs in float32
-        self.turned: list[Gradient] | None = None  # what turning each gate in doubt adds
+        self.turned: dict[Gate, np.ndarray] | None = None  # what turning each in doubt adds
+        self.by_gates = {frozenset[Gate](): self.exact}  # gradients by the gates that are turned
 
     def errors(self, found: Gradient, truth: Gradient) -> "Errors":
         """How far a gradient is from `truth`: this one, or that with gates turned."""
@@ -164,31 +167,46 @@ class Truth:
             return self.exact, 0
         if self.turned is None:
             self.turned = self.turn_each()
-        scales = {name: 1 / max(np.linalg.norm(x), 1e-30) for name, x in self.exact.items()}
-        scales = {
-            name: scale
-            for name, scale in scales.items()
-            if 1 / scale > tolerances.NO_GRADIENT * self.total
-        }
-
-        def flat(g: Gradient) -> np.ndarray:
-            return np.concatenate([(g[name] * scale).ravel() for name, scale in scales.items()])
-
-        residual = flat({name: ours[name] - x for name, x in self.exact.items()})
-        columns = [flat(change) for change in self.turned]
-        left, turned = set(range(len(columns))), []
+        residual = self.sampled(ours) - self.sampled(self.exact)
+        left, chosen = dict(self.turned), []
         while left:
-            nearest = min(left, key=lambda i: np.linalg.norm(residual - columns[i]))
-            if np.linalg.norm(residual - columns[nearest]) > WORTHWHILE * np.linalg.norm(residual):
+            nearest = min(left, key=lambda gate: np.linalg.norm(residual - left[gate]))
+            after = residual - left.pop(nearest)
+            if np.linalg.norm(after) > WORTHWHILE * np.linalg.norm(residual):
                 break
-            residual = residual - columns[nearest]
-            left.remove(nearest)
-            turned.append(self.turned[nearest])
-        exact = {name: sum((c[name] for c in turned), x) for name, x in self.exact.items()}
-        return exact, len(turned)
+            residual = after
+            chosen.append(nearest)
+        gates = frozenset(chosen)
+        if gates not in self.by_gates:
+            self.by_gates[gates] = self.with_turned(gates)
+        return self.by_gates[gates], len(gates)
 
-    def turn_each(self) -> list[Gradient]:
-        """What turning each gate that float32 cannot tell adds to the exact gradient."""
+    def sampled(self, g: Gradient) -> np.ndarray:
+        """Some elements of every parameter that has a gradient, in units of its norm.
+
+        Which gates to turn shows in these; whole gradients of forty gates are too many to hold.
+        """
+        found = []
+        for name, x in self.exact.items():
+            scale = float(np.linalg.norm(x))
+            if scale > max(tolerances.NO_GRADIENT * self.total, 1e-30):
+                flat = g[name].ravel()
+                if x.size > SAMPLED:
+                    flat = flat[np.random.default_rng(0).integers(x.size, size=SAMPLED)]
+                found.append(flat * ((x.size / len(flat)) ** 0.5 / scale))
+        return np.concatenate(found)
+
+    def with_turned(self, chosen: Iterable[Gate]) -> Gradient:
+        """The exact gradient with some gates turned."""
+        gates, c = Gates(), self.chosen
+        with float64(), gates.watch(c.exact_model):
+            run = train_forward(c.exact_model, c.batch, c.plan, c.run.drawn)
+            for at in chosen:
+                gates.turn(*at)
+            return gradient(c.exact_model, run.losses["core_loss"])
+
+    def turn_each(self) -> dict[Gate, np.ndarray]:
+        """What turning each gate that float32 cannot tell adds to `sampled` of the exact one."""
         c = self.chosen
         rounded, counted, exact = Gates(), Gates(), Gates()
         with rounded.watch(c.model), torch.no_grad():
@@ -201,15 +219,14 @@ class Truth:
             close_by = true.flatten() <= tolerances.OWN * difference.max()
             doubtful += [(call, int(i)) for i in close_by.nonzero()]
         if len(doubtful) > MOST_GATES:
-            return []
+            return {}
         with float64(), exact.watch(c.exact_model):
             loss = train_forward(c.exact_model, c.batch, c.plan, c.run.drawn).losses["core_loss"]
-            found = []
+            found, before = {}, self.sampled(self.exact)
             for at in doubtful:
                 exact.turn(*at)
-                changed = gradient(c.exact_model, loss, keep=True)
+                found[at] = self.sampled(gradient(c.exact_model, loss, keep=True)) - before
                 exact.turn(*at)
-                found.append({name: changed[name] - x for name, x in self.exact.items()})
         return found
 
 
