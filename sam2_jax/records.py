@@ -1,5 +1,6 @@
 """What a run leaves to read: metrics.jsonl, one JSON object per row, and TensorBoard events."""
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -11,9 +12,19 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 
+from sam2_jax.events import Events
 from sam2_jax.types import UserError
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that it is the old one or the new one, whole, at any time."""
+    whole = path.with_name(f"{path.name}.tmp")
+    with whole.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    whole.replace(path)
 
 
 def whole_rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -34,12 +45,7 @@ def cut_after(path: pathlib.Path, step: int) -> None:
     """Drops the rows of a metrics.jsonl that are later than `step`, and a torn last line."""
     if not path.exists():
         return
-    whole = path.with_suffix(".tmp")
-    with whole.open("w") as file:
-        file.writelines(json.dumps(x) + "\n" for x in whole_rows(path) if x["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    whole.replace(path)
+    replace(path, "".join(json.dumps(x) + "\n" for x in whole_rows(path) if x["step"] <= step))
 
 
 def was_evaluated(path: pathlib.Path, step: int) -> bool:
@@ -73,7 +79,10 @@ def wandb() -> Any:
 
 
 class Records:
-    """Appends rows to a workdir's metrics.jsonl and TensorBoard events; goes on after `step`."""
+    """Appends rows to a workdir's metrics.jsonl and TensorBoard events; goes on after `step`.
+
+    What cannot be written is an `OSError` at once.
+    """
 
     def __init__(self, workdir: pathlib.Path, step: int = 0, project: str = ""):
         """`project`: of Weights & Biases, which gets the same rows; empty: none."""
@@ -82,8 +91,7 @@ class Records:
         self.path = workdir / METRICS
         cut_after(self.path, step)
         self._file = self.path.open("a")
-        # Given at step 0, too: a run may have died before its first checkpoint.
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._events = Events(workdir / "tensorboard", step)
         self._wandb: Any = None
         if client:
             # The same workdir is the same run there, whenever it goes on
@@ -99,7 +107,7 @@ class Records:
         self._file.flush()
         for name, value in values.items():
             tag = name if "/" in name else f"train/{name}"
-            self._events.add_scalar(tag, float(value), step)
+            self._events.scalar(tag, float(value), step)
         if self._wandb:
             self._wandb.log(dict(values), step=step)
 
@@ -110,7 +118,7 @@ class Records:
         if found:
             value, step = min(found) if is_lowest else max(found)
             text = json.dumps({"step": step, "metric": name, "value": value}) + "\n"
-            self._replace(BEST, text)
+            replace(self.path.with_name(BEST), text)
 
     def pictures(self, step: int, since: float) -> None:
         """Shows the overlays of the workdir that were drawn after the time `since`."""
@@ -118,27 +126,29 @@ class Records:
             if path.stat().st_mtime >= since:
                 with Image.open(path) as image:
                     pixels = np.asarray(image.convert("RGB"))
-                self._events.add_image(f"eval/{path.stem}", pixels, step, dataformats="HWC")
+                self._events.image(f"eval/{path.stem}", pixels, step)
                 if self._wandb:
                     self._wandb.log({f"eval/{path.stem}": wandb().Image(pixels)}, step=step)
 
     def worst(self, rows: Sequence[WorstRow]) -> None:
         """Writes worst.json: loss, step and clips of the batches with the highest losses."""
         text = [{"loss": plain(loss), "step": n, "clips": clips} for loss, n, clips in rows]
-        self._replace(WORST_FILE, json.dumps(text, indent=1) + "\n")
+        replace(self.path.with_name(WORST_FILE), json.dumps(text, indent=1) + "\n")
 
     def read_worst(self, step: int) -> list[WorstRow]:
-        """Those of steps up to `step`, as an earlier start wrote them."""
-        path = self.path.parent / WORST_FILE
-        rows = json.loads(path.read_text()) if path.exists() else []
-        found = [(row["loss"], row["step"], row["clips"]) for row in rows if row["step"] <= step]
-        return [(math.inf if loss is None else loss, n, clips) for loss, n, clips in found]
+        """Those of steps up to `step`, as an earlier start wrote them; none if they are torn.
 
-    def _replace(self, name: str, text: str) -> None:
-        """Writes a file of the workdir so that it is the old one or the new one at any time."""
-        whole = self.path.parent / f"{name}.tmp"
-        whole.write_text(text)
-        whole.replace(self.path.parent / name)
+        Nothing but this list depends on them: a damaged one is told of, and begun anew.
+        """
+        path = self.path.with_name(WORST_FILE)
+        try:
+            rows = json.loads(path.read_text()) if path.exists() else []
+            found = [(row["loss"], row["step"], row["clips"]) for row in rows]
+            known = [(math.inf if x is None else float(x), int(n), clips) for x, n, clips in found]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"note: {path} cannot be read ({error!r}): begun anew", flush=True)
+            return []
+        return [row for row in known if row[1] <= step]
 
     def sync(self) -> None:
         """Returns once every row is on disk: to be called before a checkpoint is written."""
@@ -147,9 +157,10 @@ class Records:
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self.sync()
-        self._file.close()
-        self._events.close()
-        if self._wandb:
-            self._wandb.finish()
+        """Flushes and closes, all of it whichever fails."""
+        with contextlib.ExitStack() as stack:
+            if self._wandb:
+                stack.callback(self._wandb.finish)
+            stack.callback(self._events.close)
+            stack.callback(self._file.close)
+            self.sync()
