@@ -156,13 +156,16 @@ def main(config: Any) -> int | None:
     Exit status 75 if it was asked to end (SIGTERM, SIGINT): what was done is saved, and the same
     command goes on.
     """
-    flat = config_lib.flat_keys(config)
-    flat |= {"--workdir": _WORKDIR.value, "--replay": _REPLAY.value}
+    flat = config_lib.flat_keys(config) | {"--workdir": _WORKDIR.value, "--replay": _REPLAY.value}
     cluster.agree(flat, "give all processes the same --config and the same options")
     if _REPLAY.value:
         return repeat(config, pathlib.Path(_REPLAY.value))
     run = prepare(config)
-    held = stopping.take(run.workdir)
+    with checkpoint.writing(run.workdir):
+        held = stopping.take(run.workdir)
+    if checkpoint.latest_step(run.workdir) != run.latest:
+        # Until now it may have been another run's, which has ended
+        run = prepare(config)
     batches = catalogue.make_train_loader(
         config, run.parts, jax.process_index(), jax.process_count()
     )
@@ -183,8 +186,7 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
     """`main` with the loader's iterator open."""
     loss_of = eval_loss.make_eval_loss(config, run.model, run.eval_sets, run.mesh)
     if run.latest is not None:
-        changed = resume.changed_keys(run.workdir, config_lib.flat_keys(config))
-        for key, change in changed.items():
+        for key, change in resume.changed_keys(run.workdir, config_lib.flat_keys(config)).items():
             say(f"note: changed since checkpoint {run.latest}: {key}: {change}")
     elif not config.checkpoint.init_from:
         say(
@@ -199,11 +201,11 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
     if latest >= config.train.steps and not (owed and latest == config.train.steps):
         say(f"nothing to do: step {run.latest} of {config.train.steps} is done")
         return
+    picture, evaluate, request = None, None, stopping.Request()
     if jax.process_index() == 0:
-        resume.write_config(run.workdir, config_lib.to_json(config))
-
-    picture = curves.Curves(run.workdir) if jax.process_index() == 0 else None
-    evaluate, request = None, stopping.Request()
+        picture = curves.Curves(run.workdir)
+        with checkpoint.writing(run.workdir):
+            resume.write_config(run.workdir, config_lib.to_json(config))
     if run.eval_sets:
         validate = functools.partial(
             validation.validate, config, run.model, run.eval_sets, run.workdir
@@ -224,44 +226,50 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
         step: int, state: train.State, batch: Batch, values: dict[str, float]
     ) -> UserError:
         clips = batches.clips_of(step - 1)
-        return replay.save(run.workdir, step, state, batch, values, clips, sys.argv[1:])
+        with checkpoint.writing(run.workdir):
+            return replay.save(run.workdir, step, state, batch, values, clips, sys.argv[1:])
 
     step_fn = recipe.make_config_step(config, run.model, run.optimizer, run.mesh)
     say("compiling the step, which takes minutes the first time ...")
-    settings = config.to_dict()
     with checkpoint.opened(run.workdir, checkpoint.make_keep(config)) as manager:
 
         def save(step: int, state: train.State) -> None:
             with checkpoint.writing(run.workdir):
                 data = batches.get_state()
-                snapshot.save(manager, step, state, run.optimizer, data, base, settings)
-            if picture:
-                picture.draw()
+                snapshot.save(manager, step, state, run.optimizer, data, base, config.to_dict())
+                if picture:
+                    picture.draw()
 
         def judge(step: int, row: dict[str, float]) -> None:
             with checkpoint.writing(run.workdir):
                 judging.judge(manager, step, row)
 
-        loop.run_loop(
-            state,
-            train.jit_step(step_fn, run.like, run.mesh),
-            batches,
-            jax.random.key(config.seed),
-            loop.make_loop_settings(config),
-            run.mesh,
-            workdir=run.workdir,
-            hooks=loop.Hooks(
-                save,
-                evaluate,
-                judge if config.checkpoint.keep_best else None,
-                batches.source_of if len(run.parts) > 1 else None,
-                batches.clips_of,
-                request,
-                bad_step,
-            ),
-        )
+        try:
+            loop.run_loop(
+                state,
+                train.jit_step(step_fn, run.like, run.mesh),
+                batches,
+                jax.random.key(config.seed),
+                loop.make_loop_settings(config),
+                run.mesh,
+                workdir=run.workdir,
+                hooks=loop.Hooks(
+                    save,
+                    evaluate,
+                    judge if config.checkpoint.keep_best else None,
+                    batches.source_of if len(run.parts) > 1 else None,
+                    batches.clips_of,
+                    request,
+                    bad_step,
+                ),
+            )
+        except loop.Stopped:
+            with checkpoint.writing(run.workdir):
+                manager.wait_until_finished()  # it says that its step is saved
+            raise
     if picture:
-        picture.draw(at_once=True)
+        with checkpoint.writing(run.workdir):
+            picture.draw(at_once=True)
     summarise(run.workdir)
 
 
