@@ -23,7 +23,7 @@ from sam2_jax import (
     train,
     validation,
 )
-from sam2_jax.config_checks import flat_keys
+from sam2_jax.config_keys import flat_keys
 from sam2_jax.data import catalogue, pipeline
 from sam2_jax.loop import LoopSettings
 from sam2_jax.model.sam2 import Sam2, init_params
