@@ -12,6 +12,7 @@ import contextlib
 import errno
 import math
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +28,10 @@ CHECKPOINTS = "checkpoints"
 EMA, DATA, CONFIG = "ema", "data", "config"  # items of a checkpoint
 # How the system calls a disk, or a user's share of it, that is full
 FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "Disk quota exceeded"}
+
+
+class Unwritten(UserError):
+    """Something of a workdir could not be written."""
 
 
 class Keep(NamedTuple):
@@ -83,38 +88,65 @@ def make_manager(workdir: pathlib.Path, keep: Keep) -> ocp.CheckpointManager:
 def opened(workdir: pathlib.Path, keep: Keep) -> Iterator[ocp.CheckpointManager]:
     """`make_manager`, closed at the end, when all that it began to write is written.
 
-    Raises `UserError` where that fails, see `writing`; not for what else fails within.
+    Raises `Unwritten` where that fails, see `ending`; not for what else fails within.
     """
     with writing(workdir):
         manager = make_manager(workdir, keep)
+    first = None
     try:
         yield manager
+    except BaseException as error:
+        first = error
+        raise
     finally:
-        with writing(workdir):
+        with ending(workdir, first):
             manager.close()
 
 
 @contextlib.contextmanager
 def writing(workdir: pathlib.Path) -> Iterator[None]:
-    """Within it a checkpoint that cannot be written is a `UserError` that names the last good one.
+    """Within it what cannot be written is `Unwritten`, which names the last good checkpoint.
 
-    To be around all that saves, waits or closes, and nothing else: Orbax tells of a failure in the
-    background at the next of these, and other files and connections fail with the same types.
+    To be around all that writes to a workdir, or waits for a checkpoint, and nothing else: Orbax
+    tells of a failure in the background at the next call, and what reads other files or connects
+    fails with the same types.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
-        # Of a full disk tensorstore says ValueError, with the system's words in it
+    except (OSError, ValueError, RuntimeError) as error:
+        # Of a full disk tensorstore says ValueError, JAX RuntimeError, with the system's words
         full = getattr(error, "errno", 0) in FULL or any(x in str(error) for x in FULL.values())
-        if isinstance(error, ValueError) and not full:
+        if not (full or isinstance(error, OSError)):
             raise
+        named = getattr(error, "filename", None)
+        why, mend = (
+            ("your quota or the disk is full", "make room") if full else (error, "mend that")
+        )
         good = latest_step(workdir)
-        last = "there is none yet" if good is None else f"the last whole one is of step {good}"
-        raise UserError(
-            f"{workdir / CHECKPOINTS}: a checkpoint could not be written "
-            f"({'your quota or the disk is full' if full else error}); {last}: make room, "
-            "then start again"
+        last = "there is no checkpoint yet"
+        if good is not None:
+            last = f"the last whole checkpoint is of step {good}"
+        raise Unwritten(
+            f"{named if isinstance(named, str) else workdir} could not be written ({why}); {last}: "
+            f"{mend}, then start again"
         ) from error
+
+
+@contextlib.contextmanager
+def ending(workdir: pathlib.Path, first: BaseException | None) -> Iterator[None]:
+    """`writing`, around what is closed while the error `first`, if any, is on its way.
+
+    That one stays the error that is raised; what fails here is then a line on stderr, if `first`
+    has not said as much.
+    """
+    try:
+        with writing(workdir):
+            yield
+    except Unwritten as second:
+        if first is None:
+            raise
+        if not isinstance(first, Unwritten):
+            print(f"warning: {second}", file=sys.stderr)
 
 
 def steps_of(workdir: pathlib.Path) -> list[int]:

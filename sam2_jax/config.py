@@ -18,7 +18,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sam2_jax import presets
-from sam2_jax.config_checks import Config, check, flat_keys
+from sam2_jax.config_checks import check
+from sam2_jax.config_keys import Config, flat_keys
 from sam2_jax.reports import read_report
 from sam2_jax.rules import nearest
 from sam2_jax.types import UserError, fail

@@ -6,27 +6,22 @@ fits) is checked by whoever opens them, before anything is compiled.
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
-
-from ml_collections import ConfigDict
 
 from sam2_jax import lora, methods
-from sam2_jax.data.catalogue import KINDS
-from sam2_jax.data.mixture import INTERLEAVE, RANDOM
-from sam2_jax.data.sources import SKIP, STOP
+from sam2_jax.config_keys import Config, flat_keys, one_of
 from sam2_jax.metrics import SCORED
 from sam2_jax.model.kernels import NAMES as KERNELS
 from sam2_jax.model.variants import VARIANTS
-from sam2_jax.rules import nearest
+from sam2_jax.rules import check_selectors
+from sam2_jax.source_checks import check_data
 from sam2_jax.types import UserError
 
-Config = Any  # a ConfigDict, of whose attributes a type checker knows nothing
 PRECISIONS = ("float32", "bfloat16")
 NOT_FINITE = ("stop", "skip")
 REMATS = ("none", "frame", "full")
 VERSIONS = ("2.0", "2.1")
 STRIDE = 32  # of the trunk's coarsest level
+SCORES = ("J&F", "J", "F")  # of an evaluation, the higher the better
 
 _PROBABILITIES = (
     "prompts.prob_points",
@@ -61,53 +56,7 @@ _AT_LEAST = {
     "eval.max_frames": 0,
     "eval.loss_clips": 0,
 }
-_SOURCE_AT_LEAST = {
-    "num_frames": 1,
-    "max_objects": 1,
-    "batch_size": 1,
-    "weight": 0,
-    "min_stride": 1,
-    "augment.degrees": 0,
-    "augment.shear": 0,
-    "augment.noise": 0,
-    "augment.blur": 0,
-    "folder.sample_rate": 1,
-    "folder.annotated_every": 1,
-    "sav.ann_every": 1,
-    "synthetic.num_clips": 1,
-    "synthetic.max_objects": 1,
-    "synthetic.eval_clips": 1,
-    "synthetic.eval_frames": SCORED,
-}
-_SOURCE_PROBABILITIES = (
-    "reverse",
-    "later_objects",
-    "augment.hflip",
-    "augment.vflip",
-    "augment.mosaic",
-    "augment.grayscale",
-)
 _POSITIVE = ("optim.clip_norm",)
-
-
-def flat_keys(config: Config, prefix: str = "") -> dict[str, Any]:
-    """Leaves of a config by dotted key."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat.update(flat_keys(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def one_of(key: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises `UserError`, which names the nearest choice, unless `value` is one of them."""
-    if value not in choices:
-        raise UserError(
-            f"{key}='{value}' is unknown: did you mean '{nearest(str(value), choices)}'? "
-            f"(of {', '.join(choices)})"
-        )
 
 
 def check(config: Config) -> None:
@@ -131,6 +80,7 @@ def check(config: Config) -> None:
     check_optim(config)
     check_train(config)
     check_eval(config)
+    check_checkpoint(config)
 
 
 def check_model(config: Config) -> None:
@@ -144,25 +94,6 @@ def check_model(config: Config) -> None:
         raise UserError(
             f"model.resolution={resolution} must be a multiple of {STRIDE}: take {near}"
         )
-
-
-def check_data(config: Config) -> None:
-    """`check` of the training data."""
-    one_of("data.on_error", config.data.on_error, (STOP, SKIP))
-    one_of("data.draw", config.data.draw, (INTERLEAVE, RANDOM))
-    if config.data.phases_per_epoch > 1 and config.data.draw != RANDOM:
-        raise UserError(
-            f"data.phases_per_epoch={config.data.phases_per_epoch} divides the epochs of "
-            f"data.draw={RANDOM}; {config.data.draw} has none to divide: take 1"
-        )
-    check_source("data", config.data)
-    if config.data.weight and not config.data.mixture:
-        raise UserError(
-            f"data.weight={config.data.weight} is a share of the steps of a mixture, and "
-            "data.mixture is empty: take 0"
-        )
-    for name, entry in config.data.mixture.items():
-        check_source(f"data.mixture.{name}", entry)
 
 
 def check_prompts(config: Config) -> None:
@@ -182,11 +113,18 @@ def check_optim(config: Config) -> None:
     methods.check_method(config.optim.name, options, config.optim.nesterov)
     for name in ("multiplier", "layer_decay_overrides"):
         methods.check_factors(f"optim.{name}", config.optim[name])
+    check_selectors("optim.frozen", config.optim.frozen)
     lora.check(config.lora.rules, config.lora.also_train)
     if config.lora.rules and not config.checkpoint.init_from:
         raise UserError(
             "lora.rules adapts weights that there are: give them as checkpoint.init_from, or leave "
             "lora.rules empty to train from random ones"
+        )
+    warmup, steps = config.optim.warmup_steps, config.train.steps
+    if warmup and warmup >= steps:
+        raise UserError(
+            f"optim.warmup_steps={warmup} must be less than train.steps={steps}, else no step has "
+            f"the learning rate that is set: take {steps // 10}, or more steps"
         )
 
 
@@ -214,10 +152,11 @@ def check_train(config: Config) -> None:
             )
     one_of("train.not_finite", config.train.not_finite, NOT_FINITE)
     profiled, steps = config.train.profile_steps, config.train.steps
-    if profiled and not (len(profiled) == 2 and 0 < profiled[0] <= profiled[1] <= steps):
+    whole = all(type(step) is int for step in profiled)
+    if profiled and not (whole and len(profiled) == 2 and 0 < profiled[0] <= profiled[1] <= steps):
         raise UserError(
             f"train.profile_steps={profiled} must be empty, or the first and the last step of a "
-            f"trace, such as 10,12, and not beyond train.steps={steps}"
+            f"trace, whole numbers such as 10,12, and not beyond train.steps={steps}"
         )
     if not 0 <= config.train.ema_decay < 1:
         raise UserError(
@@ -242,56 +181,35 @@ def check_eval(config: Config) -> None:
             )
         if not isinstance(root, str) or not root:
             raise UserError(f"eval.sets.{name}={root} must be a folder of clips")
-    best = config.checkpoint.best
-    if not best.rpartition("/")[2].startswith("loss"):
+
+
+def check_checkpoint(config: Config) -> None:
+    """`check` of which checkpoints are kept."""
+    c = config.checkpoint
+    # Before an evaluation there is one as well
+    saved = [every for every in (c.every_steps, config.train.eval_every) if every]
+    if c.keep_every and all(c.keep_every % every for every in saved):
+        raise UserError(
+            f"checkpoint.keep_every={c.keep_every} must be a multiple of checkpoint.every_steps="
+            f"{c.every_steps}, else most of the checkpoints to keep are never made: take "
+            f"{max(1, round(c.keep_every / c.every_steps)) * c.every_steps}"
+        )
+    best = c.best
+    metric = best.rpartition("/")[2]
+    if metric in SCORES and c.best_is_lowest:
+        raise UserError(
+            f"checkpoint.best={best} with checkpoint.best_is_lowest=True would keep the worst: set "
+            "it to False"
+        )
+    if not metric.startswith("loss"):
         return
     if not config.eval.loss_clips:
         raise UserError(
             f"checkpoint.best={best} is computed on eval.loss_clips=0 clips of each set: take "
             "some, say 16, or another metric"
         )
-    if not config.checkpoint.best_is_lowest:
+    if not c.best_is_lowest:
         raise UserError(
             f"checkpoint.best={best} with checkpoint.best_is_lowest=False would keep the highest "
             "loss: set it to True"
         )
-
-
-def check_source(prefix: str, source: Config) -> None:
-    """Raises `UserError` for the first setting of a source of data that cannot work."""
-    flat = flat_keys(source)
-    one_of(f"{prefix}.source", source.source, KINDS)
-    if source.source == "synthetic":
-        if given := [key for key in ("root", "include", "exclude") if source[key]]:
-            raise UserError(
-                f"{prefix}.{given[0]}={source[given[0]]} is of no use to {prefix}.source="
-                "synthetic, which renders its clips: leave it empty, or name another source"
-            )
-    for key, value in flat.items():
-        numbers = value if isinstance(value, list | tuple) else [value]
-        if not all(math.isfinite(n) for n in numbers if isinstance(n, int | float)):
-            raise UserError(f"{prefix}.{key}={value} must be finite")
-    for key, least in _SOURCE_AT_LEAST.items():
-        if flat[key] < least:
-            raise UserError(f"{prefix}.{key}={flat[key]} must be at least {least}")
-    for key in _SOURCE_PROBABILITIES:
-        if not 0 <= flat[key] <= 1:
-            raise UserError(f"{prefix}.{key}={flat[key]} must be between 0 and 1")
-    for key in ("multiplier", "synthetic.speed", "instances.max_area"):
-        if not flat[key] > 0:
-            raise UserError(f"{prefix}.{key}={flat[key]} must be greater than 0")
-    if source.max_stride < source.min_stride:
-        raise UserError(
-            f"{prefix}.max_stride={source.max_stride} must be at least {prefix}.min_stride="
-            f"{source.min_stride}"
-        )
-    for key, length in (("scale", 2), ("jitter", 3), ("frame_jitter", 3), ("fill", 3)):
-        value = source.augment[key]
-        if len(value) != length or min(value) < 0:
-            raise UserError(
-                f"{prefix}.augment.{key}={value} must be {length} numbers of at least 0"
-            )
-    if max(source.augment.fill) > 255:
-        raise UserError(f"{prefix}.augment.fill={source.augment.fill} must be 0 to 255")
-    if not 0 < source.augment.scale[0] <= source.augment.scale[1]:
-        raise UserError(f"{prefix}.augment.scale={source.augment.scale} must be 0 < least <= most")

@@ -11,12 +11,13 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from sam2_jax import cluster, sharding, stopping
+from sam2_jax import checkpoint, cluster, sharding, stopping
 from sam2_jax.progress import Clock, Display
 from sam2_jax.records import METRICS, NOTHING_SEEN, WORST, Records, Seen, was_evaluated
 from sam2_jax.train import Metrics, RandomKey, State, TrainStep
@@ -86,13 +87,13 @@ class Profile:
     """A trace of chosen steps, in `workdir/tensorboard`, for TensorBoard's profile tab."""
 
     def __init__(self, steps: tuple[int, ...], workdir: pathlib.Path):
-        self._steps, self._folder = steps, workdir / "tensorboard"
+        self._steps, self._workdir = steps, workdir
         self._on = False
 
     def before(self, step: int) -> None:
         """Starts the trace if it is time."""
         if self._steps and step == self._steps[0]:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self._workdir / "tensorboard"))
             self._on = True
 
     def after(self, step: int, state: State) -> None:
@@ -102,10 +103,11 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Writes what there is."""
-        if self._on:
-            jax.profiler.stop_trace()
-        self._on = False
+        """Writes what there is; `UserError` where it cannot be."""
+        was_on, self._on = self._on, False
+        if was_on:
+            with checkpoint.writing(self._workdir):
+                jax.profiler.stop_trace()
 
 
 class Worst:
@@ -156,12 +158,13 @@ def run_loop(
 
     Raises:
         UserError: of `hooks.bad_step`, where more steps in a row than allowed were not finite,
-            before anything of them is saved.
+            before anything of them is saved; what is to be recorded cannot be written.
         Stopped: `hooks.should_stop` said so; the step is saved.
     """
     done = int(state.step)
     leads = jax.process_index() == 0
-    records = Records(workdir, done, settings.wandb) if leads else None
+    with checkpoint.writing(workdir):
+        records = Records(workdir, done, settings.wandb) if leads else None
     display = Display(done, settings.steps, leads)
     profile = Profile(settings.profile_steps if leads else (), workdir)
     worst, clock = Worst(records.read_worst(done) if records else NOTHING_SEEN), Clock()
@@ -199,7 +202,8 @@ def run_loop(
             row = values | clock.read()
             display.row(step, row)
             if records:
-                records.write(step, row)
+                with checkpoint.writing(workdir):
+                    records.write(step, row)
         if step == done + 1:
             clock.restart()  # what follows is not slowed by compilation
         return 0 < settings.max_skipped <= skipped
@@ -214,9 +218,20 @@ def run_loop(
         if hooks.judge:
             hooks.judge(step, row)  # before the row, which says that it was evaluated
         if records:
-            records.write(step, row)
-            records.best(settings.best, settings.best_is_lowest)
-            records.pictures(step, asked)
+            with checkpoint.writing(workdir):
+                records.write(step, row)
+                records.best(settings.best, settings.best_is_lowest)
+                records.pictures(step, asked)
+
+    def close(
+        kind: type[BaseException] | None, first: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del kind, trace
+        with checkpoint.ending(workdir, first), contextlib.ExitStack() as each:
+            each.callback(profile.close)
+            if records:
+                each.callback(records.close)
+                records.worst(worst.seen)
 
     def due(step: int) -> bool:
         regular = settings.eval_every and step % settings.eval_every == 0
@@ -227,10 +242,7 @@ def run_loop(
     compiled: set[tuple[int, ...]] = set()  # shapes of batches, each of which compiles a step
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
-        stack.callback(profile.close)
-        if records:
-            stack.callback(records.close)
-            stack.callback(lambda: records.worst(worst.seen))
+        stack.push(close)
         if done and due(done) and owes_evaluation(workdir, done):
             evaluate(done)
         pending: tuple[int, Metrics, Batch] | None = None
@@ -257,8 +269,9 @@ def run_loop(
             if not saves:
                 continue
             if records:
-                records.sync()
-                records.worst(worst.seen)
+                with checkpoint.writing(workdir):
+                    records.sync()
+                    records.worst(worst.seen)
             hooks.save(step, state)
             if evaluates:
                 evaluate(step)

@@ -6,6 +6,7 @@ channels and a product behind it. Being siblings of the kernel they fall under t
 rates, layer decay and activity; they are never written to files of weights, only merged.
 """
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from sam2_jax import partition
-from sam2_jax.rules import Tree, match_some, paths_of
+from sam2_jax import partition, schedules
+from sam2_jax.methods import is_rule
+from sam2_jax.rules import Tree, check_selectors, match_some, paths_of
 from sam2_jax.types import UserError
 
 KEY = "lora.rules"
@@ -39,14 +41,15 @@ def is_lora(path: str) -> bool:
 def check(rules: Any, also_train: Any) -> None:
     """Raises `UserError` unless both have the form that a config gives them."""
     for rule in rules:
-        form = isinstance(rule, Sequence) and len(rule) == 3 and isinstance(rule[0], tuple | list)
-        if not form or not isinstance(rule[1], int) or not isinstance(rule[2], int | float):
+        form = schedules.is_list(rule) and len(rule) == 3 and is_rule(rule[:2])
+        if not form or type(rule[1]) is not int or not schedules.is_number(rule[2]):
             raise UserError(
-                f"{KEY}: rule {rule!r} must be (globs, rank, alpha), globs a tuple of strings, "
-                "such as (('memory_attention/*',), 8, 16.0)"
+                f"{KEY}: rule {rule!r} must be (globs, rank, alpha), globs a tuple of one string "
+                "or more, rank a whole number, such as (('memory_attention/*',), 8, 16.0)"
             )
-        if not rule[2] > 0:
-            raise UserError(f"{KEY}: alpha of rule {rule!r} must be greater than 0")
+        if not 0 < rule[2] < math.inf:
+            raise UserError(f"{KEY}: alpha of rule {rule!r} must be greater than 0 and finite")
+    check_selectors("lora.also_train", also_train)
     if also_train and not rules:
         raise UserError(
             f"lora.also_train={also_train} names what is trained beside adapters, but {KEY} is "

@@ -23,7 +23,7 @@ from sam2_jax import (
     train,
     validation,
 )
-from sam2_jax.config_checks import flat_keys
+from sam2_jax.config_keys import flat_keys
 from sam2_jax.data import catalogue, pipeline
 from sam2_jax.loop import LoopSettings
 from sam2_jax.model.sam2 import Sam2, init_params
@@ -200,3 +200,36 @@ def start(
         params = init(jax.random.key(config.seed))
     begin = functools.partial(train.init_state, optimizer=run.optimizer, ema=like.ema is not None)
     return jax.jit(begin, out_shardings=layout)(params), origin, base
+
+
+def describe(config: Any, run: Run, origin: str) -> list[tuple[str, str]]:
+    """Rows of the table at start-up: what there is, and what will be done with it.
+
+    `origin` says where the run starts from.
+    """
+    groups = optim.group_sizes(run.optimizer, run.like.params)
+    total = sum(elements for _, elements in groups.values())
+    axes = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    precision = f"{config.train.precision}, recomputing: {config.train.remat}"
+    evaluated = []
+    if config.eval.loss_clips:
+        evaluated = [("evaluation loss", f"on up to {config.eval.loss_clips} clips of each set")]
+    if config.train.ema_decay:
+        average = f"the moving average, decay {config.train.ema_decay:g}"
+        evaluated.append(("evaluation of", average))
+    return [
+        ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind} ({axes})"),
+        ("start", origin),
+        ("input", f"{config.model.resolution} px"),
+        ("precision", precision),
+        ("attention", recipe.describe_attention(config, run.model)),
+        ("memory", run.memory),
+        ("parameters", f"{total:,}"),
+        *(
+            (f"  {elements:,}", run.optimizer.about[label])
+            for label, (_, elements) in groups.items()
+        ),
+        *pipeline.describe(run.parts, config.data.draw),
+        *validation.describe(run.eval_sets, config.eval.prompts),
+        *evaluated,
+    ]

@@ -1,5 +1,6 @@
 """What a run leaves to read: metrics.jsonl, one JSON object per row, and TensorBoard events."""
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -11,9 +12,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 
+from sam2_jax.events import Events
 from sam2_jax.types import UserError
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that it is the old one or the new one, whole, at any time."""
+    whole = path.with_name(f"{path.name}.tmp")
+    with whole.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    whole.replace(path)
 
 
 def whole_rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -34,12 +45,7 @@ def cut_after(path: pathlib.Path, step: int) -> None:
     """Drops the rows of a metrics.jsonl that are later than `step`, and a torn last line."""
     if not path.exists():
         return
-    whole = path.with_suffix(".tmp")
-    with whole.open("w") as file:
-        file.writelines(json.dumps(x) + "\n" for x in whole_rows(path) if x["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    whole.replace(path)
+    replace(path, "".join(json.dumps(x) + "\n" for x in whole_rows(path) if x["step"] <= step))
 
 
 def was_evaluated(path: pathlib.Path, step: int) -> bool:
@@ -82,7 +88,10 @@ def wandb() -> Any:
 
 
 class Records:
-    """Appends rows to a workdir's metrics.jsonl and TensorBoard events; goes on after `step`."""
+    """Appends rows to a workdir's metrics.jsonl and TensorBoard events; goes on after `step`.
+
+    What cannot be written is an `OSError` at once.
+    """
 
     def __init__(self, workdir: pathlib.Path, step: int = 0, project: str = ""):
         """`project`: of Weights & Biases, which gets the same rows; empty: none."""
@@ -91,8 +100,7 @@ class Records:
         self.path = workdir / METRICS
         cut_after(self.path, step)
         self._file = self.path.open("a")
-        # Given at step 0, too: a run may have died before its first checkpoint.
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._events = Events(workdir / "tensorboard", step)
         self._wandb: Any = None
         if client:
             # The same workdir is the same run there, whenever it goes on
@@ -108,7 +116,7 @@ class Records:
         self._file.flush()
         for name, value in values.items():
             tag = name if "/" in name else f"train/{name}"
-            self._events.add_scalar(tag, float(value), step)
+            self._events.scalar(tag, float(value), step)
         if self._wandb:
             self._wandb.log(dict(values), step=step)
 
@@ -119,7 +127,7 @@ class Records:
         if found:
             value, step = min(found) if is_lowest else max(found)
             text = json.dumps({"step": step, "metric": name, "value": value}) + "\n"
-            self._replace(BEST, text)
+            replace(self.path.with_name(BEST), text)
 
     def pictures(self, step: int, since: float) -> None:
         """Shows the overlays of the workdir that were drawn after the time `since`."""
@@ -127,7 +135,7 @@ class Records:
             if path.stat().st_mtime >= since:
                 with Image.open(path) as image:
                     pixels = np.asarray(image.convert("RGB"))
-                self._events.add_image(f"eval/{path.stem}", pixels, step, dataformats="HWC")
+                self._events.image(f"eval/{path.stem}", pixels, step)
                 if self._wandb:
                     self._wandb.log({f"eval/{path.stem}": wandb().Image(pixels)}, step=step)
 
@@ -142,32 +150,31 @@ class Records:
             for times, n, loss, clips in seen.rows
         ]
         text = json.dumps({"worst": rows, "recent": seen.recent}) + "\n"
-        self._replace(WORST_FILE, text)
+        replace(self.path.with_name(WORST_FILE), text)
 
     def read_worst(self, step: int) -> Seen:
-        """What concerns steps up to `step`, as an earlier start wrote it."""
-        path = self.path.parent / WORST_FILE
+        """What concerns steps up to `step`, as an earlier start wrote it; nothing if it is torn.
+
+        Nothing but this list depends on them: a damaged one is told of, and begun anew.
+        """
+        path = self.path.with_name(WORST_FILE)
         if not path.exists():
             return NOTHING_SEEN
-        found = json.loads(path.read_text())
 
         def number(x: float | None) -> float:
-            return math.inf if x is None else x
+            return math.inf if x is None else float(x)
 
-        rows = [
-            (number(row["times_the_usual"]), row["step"], number(row["loss"]), row["clips"])
-            for row in found["worst"]
-        ]
-        return Seen(
-            [row for row in rows if row[1] <= step],
-            [(n, each) for n, each in found["recent"] if n <= step],
-        )
-
-    def _replace(self, name: str, text: str) -> None:
-        """Writes a file of the workdir so that it is the old one or the new one at any time."""
-        whole = self.path.parent / f"{name}.tmp"
-        whole.write_text(text)
-        whole.replace(self.path.parent / name)
+        try:
+            found = json.loads(path.read_text())
+            rows = [
+                (number(row["times_the_usual"]), row["step"], number(row["loss"]), row["clips"])
+                for row in found["worst"]
+            ]
+            recent = [(int(n), float(each)) for n, each in found["recent"]]
+            return Seen([x for x in rows if x[1] <= step], [x for x in recent if x[0] <= step])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"note: {path} cannot be read ({error!r}): begun anew", flush=True)
+            return NOTHING_SEEN
 
     def sync(self) -> None:
         """Returns once every row is on disk: to be called before a checkpoint is written."""
@@ -176,9 +183,10 @@ class Records:
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self.sync()
-        self._file.close()
-        self._events.close()
-        if self._wandb:
-            self._wandb.finish()
+        """Flushes and closes, all of it whichever fails."""
+        with contextlib.ExitStack() as stack:
+            if self._wandb:
+                stack.callback(self._wandb.finish)
+            stack.callback(self._events.close)
+            stack.callback(self._file.close)
+            self.sync()

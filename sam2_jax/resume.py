@@ -16,12 +16,11 @@ the checkpoint does not say.
 
 import fnmatch
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from sam2_jax import checkpoint
+from sam2_jax import checkpoint, records
 from sam2_jax.types import UserError, listed
 
 CONFIG = "config.json"
@@ -42,12 +41,7 @@ MIXED = tuple(f"data.mixture.*.{key}" for key in ("batch_size", "weight", "multi
 def write_config(workdir: pathlib.Path, text: str) -> None:
     """Writes the workdir's config.json, whole or not at all; makes the workdir if need be."""
     workdir.mkdir(parents=True, exist_ok=True)
-    whole = workdir / f"{CONFIG}.tmp"
-    with whole.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(whole, workdir / CONFIG)
+    records.replace(workdir / CONFIG, text)
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:

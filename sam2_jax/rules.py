@@ -38,6 +38,15 @@ def paths_of(tree: Tree) -> list[str]:
     return [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def check_selectors(key: str, selectors: Any) -> None:
+    """Raises `UserError`, which names `key`, unless it is a tuple of strings, or JSON's list."""
+    if isinstance(selectors, tuple | list) and all(isinstance(x, str) for x in selectors):
+        return
+    raise UserError(
+        f"{key}={selectors!r} must be a tuple of globs, strings such as ('image_encoder/*',)"
+    )
+
+
 def match_some(
     rules: Sequence[Sequence[str]],
     paths: Sequence[str],

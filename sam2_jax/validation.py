@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from sam2_jax import cluster, evaluate, metrics, plots
+from sam2_jax import checkpoint, cluster, evaluate, metrics, plots
 from sam2_jax.data import catalogue
 from sam2_jax.data.folders import EVAL, open_folder
 from sam2_jax.data.sources import Faults, VideoSource
@@ -158,7 +158,8 @@ def _draw(sheet: plots.Sheet, results: metrics.Results, name: str, workdir: Path
     by_clip = {clip: scores.jf for clip, scores in results.clips.items()}
     title = f"step {step}: J&F {results.jf:.3f}, static mask {results.static.jf:.3f}"
     path = workdir / f"overlay{'-' * bool(name)}{name}.png"
-    plots.overlay_sheet(sheet.rows, by_clip, path, title=title)
+    with checkpoint.writing(workdir):
+        plots.overlay_sheet(sheet.rows, by_clip, path, title=title)
 
 
 def _copies(params: Any) -> list[Any]:

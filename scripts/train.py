@@ -42,7 +42,6 @@ from sam2_jax import (
     judging,
     loop,
     lora,
-    optim,
     preparing,
     recipe,
     replay,
@@ -119,35 +118,8 @@ def prepare(config: Any) -> preparing.Run:
 
 def introduce(config: Any, run: preparing.Run, origin: str) -> None:
     """Prints the table at start-up."""
-    groups = optim.group_sizes(run.optimizer, run.like.params)
-    total = sum(elements for _, elements in groups.values())
     say(f"{run.workdir}: {config.model.variant} {config.model.version}")
-    axes = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-    precision = f"{config.train.precision}, recomputing: {config.train.remat}"
-    evaluated = []
-    if config.eval.loss_clips:
-        evaluated = [("evaluation loss", f"on up to {config.eval.loss_clips} clips of each set")]
-    if config.train.ema_decay:
-        average = f"the moving average, decay {config.train.ema_decay:g}"
-        evaluated.append(("evaluation of", average))
-    table(
-        [
-            ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind} ({axes})"),
-            ("start", origin),
-            ("input", f"{config.model.resolution} px"),
-            ("precision", precision),
-            ("attention", recipe.describe_attention(config, run.model)),
-            ("memory", run.memory),
-            ("parameters", f"{total:,}"),
-            *(
-                (f"  {elements:,}", run.optimizer.about[label])
-                for label, (_, elements) in groups.items()
-            ),
-            *pipeline.describe(run.parts, config.data.draw),
-            *validation.describe(run.eval_sets, config.eval.prompts),
-            *evaluated,
-        ]
-    )
+    table(preparing.describe(config, run, origin))
     if run.warning:
         say(run.warning)
 
@@ -158,13 +130,16 @@ def main(config: Any) -> int | None:
     Exit status 75 if it was asked to end (SIGTERM, SIGINT): what was done is saved, and the same
     command goes on.
     """
-    flat = config_lib.flat_keys(config)
-    flat |= {"--workdir": _WORKDIR.value, "--replay": _REPLAY.value}
+    flat = config_lib.flat_keys(config) | {"--workdir": _WORKDIR.value, "--replay": _REPLAY.value}
     cluster.agree(flat, "give all processes the same --config and the same options")
     if _REPLAY.value:
         return repeat(config, pathlib.Path(_REPLAY.value))
     run = prepare(config)
-    held = stopping.take(run.workdir)
+    with checkpoint.writing(run.workdir):
+        held = stopping.take(run.workdir)
+    if checkpoint.latest_step(run.workdir) != run.latest:
+        # Until now it may have been another run's, which has ended
+        run = prepare(config)
     batches = catalogue.make_train_loader(
         config, run.parts, jax.process_index(), jax.process_count()
     )
@@ -185,8 +160,7 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
     """`main` with the loader's iterator open."""
     loss_of = eval_loss.make_eval_loss(config, run.model, run.eval_sets, run.mesh)
     if run.latest is not None:
-        changed = resume.changed_keys(run.workdir, config_lib.flat_keys(config))
-        for key, change in changed.items():
+        for key, change in resume.changed_keys(run.workdir, config_lib.flat_keys(config)).items():
             say(f"note: changed since checkpoint {run.latest}: {key}: {change}")
     elif not config.checkpoint.init_from:
         say(
@@ -201,12 +175,12 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
     if latest >= config.train.steps and not (owed and latest == config.train.steps):
         say(f"nothing to do: step {run.latest} of {config.train.steps} is done")
         return
-    if jax.process_index() == 0:
-        resume.write_config(run.workdir, config_lib.to_json(config))
-
     settings = config.to_dict()
-    picture = curves.Curves(run.workdir) if jax.process_index() == 0 else None
-    evaluate, request = None, stopping.Request()
+    picture, evaluate, request = None, None, stopping.Request()
+    if jax.process_index() == 0:
+        picture = curves.Curves(run.workdir)
+        with checkpoint.writing(run.workdir):
+            resume.write_config(run.workdir, config_lib.to_json(config))
     if run.eval_sets:
         validate = functools.partial(
             validation.validate, config, run.model, run.eval_sets, run.workdir
@@ -227,7 +201,10 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
         step: int, state: train.State, batch: Batch, values: dict[str, float]
     ) -> UserError:
         clips = batches.clips_of(step - 1)
-        return replay.save(run.workdir, step, state, batch, values, clips, sys.argv[1:], settings)
+        with checkpoint.writing(run.workdir):
+            return replay.save(
+                run.workdir, step, state, batch, values, clips, sys.argv[1:], settings
+            )
 
     step_fn = recipe.make_config_step(config, run.model, run.optimizer, run.mesh)
     say("compiling the step, which takes minutes the first time ...")
@@ -237,33 +214,39 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
             with checkpoint.writing(run.workdir):
                 data = batches.get_state()
                 snapshot.save(manager, step, state, run.optimizer, data, base, settings)
-            if picture:
-                picture.draw()
+                if picture:
+                    picture.draw()
 
         def judge(step: int, row: dict[str, float]) -> None:
             with checkpoint.writing(run.workdir):
                 judging.judge(manager, step, row)
 
-        loop.run_loop(
-            state,
-            train.jit_step(step_fn, run.like, run.mesh),
-            batches,
-            jax.random.key(config.seed),
-            loop.make_loop_settings(config),
-            run.mesh,
-            workdir=run.workdir,
-            hooks=loop.Hooks(
-                save,
-                evaluate,
-                judge if config.checkpoint.keep_best else None,
-                batches.source_of if len(run.parts) > 1 else None,
-                batches.clips_of,
-                request,
-                bad_step,
-            ),
-        )
+        try:
+            loop.run_loop(
+                state,
+                train.jit_step(step_fn, run.like, run.mesh),
+                batches,
+                jax.random.key(config.seed),
+                loop.make_loop_settings(config),
+                run.mesh,
+                workdir=run.workdir,
+                hooks=loop.Hooks(
+                    save,
+                    evaluate,
+                    judge if config.checkpoint.keep_best else None,
+                    batches.source_of if len(run.parts) > 1 else None,
+                    batches.clips_of,
+                    request,
+                    bad_step,
+                ),
+            )
+        except loop.Stopped:
+            with checkpoint.writing(run.workdir):
+                manager.wait_until_finished()  # it says that its step is saved
+            raise
     if picture:
-        picture.draw(at_once=True)
+        with checkpoint.writing(run.workdir):
+            picture.draw(at_once=True)
     summarise(run.workdir)
 
 

@@ -55,6 +55,7 @@ def train(mesh: str, folder: pathlib.Path, steps: int) -> tuple[list[dict], np.n
     count, data, fsdp = parse(mesh)
     workdir = folder / mesh.replace("*", "p")
     settings = SETTINGS | {"mesh.data": data, "mesh.fsdp": fsdp, "train.steps": steps}
+    settings["optim.warmup_steps"] = steps // 2
     arguments = ["--config=configs/smoke.py"]
     arguments += [f"--config.{key}={value}" for key, value in settings.items()]
     if not (workdir / "checkpoints" / str(steps)).is_dir():

@@ -183,10 +183,42 @@ def failing(error):
 def test_a_full_disk_at_the_end_is_one_sentence(saved, monkeypatch, error):
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "close", failing(error))
     with (
-        pytest.raises(UserError, match=r"your quota or the disk is full\); .* is of step 4"),
+        pytest.raises(UserError, match=r"your quota or the disk is full\); .* is of step 4: make"),
         checkpoint.opened(saved, checkpoint.Keep(2)),
     ):
         pass
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    with (
+        pytest.raises(checkpoint.Unwritten, match=r"curve could not be .* no checkpoint yet: make"),
+        checkpoint.writing(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "curve"))
+    with (
+        pytest.raises(checkpoint.Unwritten, match=r"Read-only file system.* mend that, then start"),
+        checkpoint.writing(tmp_path),
+    ):
+        raise OSError(errno.EROFS, "Read-only file system")
+    with (
+        pytest.raises(checkpoint.Unwritten, match=f"{tmp_path} could .* disk is full"),
+        checkpoint.writing(tmp_path),
+    ):
+        raise RuntimeError("UNKNOWN: trace: No space left on device")
+    with pytest.raises(RuntimeError, match="other"), checkpoint.writing(tmp_path):
+        raise RuntimeError("other")
+
+
+@pytest.mark.parametrize(
+    ("first", "warnings"), [(KeyError("bug"), 1), (checkpoint.Unwritten("full"), 0)]
+)
+def test_a_full_disk_at_the_end_does_not_hide_why(saved, monkeypatch, capsys, first, warnings):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "close", failing(full))
+    with pytest.raises(type(first)) as raised, checkpoint.opened(saved, checkpoint.Keep(2)):
+        raise first
+    assert raised.value is first
+    assert capsys.readouterr().err.count("warning: ") == warnings
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("peer"), ValueError("other")])

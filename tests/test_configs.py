@@ -54,7 +54,7 @@ def test_every_config_file_is_tested():
 def test_every_key_is_read():
     """As `section.leaf`, as `name.leaf` after `name = ....section`, or by `**x.section`."""
     files = [*ROOT.glob("sam2_jax/**/*.py"), *ROOT.glob("scripts/*.py")]
-    codes = [path.read_text() for path in files if path.name != "config_checks.py"]
+    codes = [path.read_text() for path in files if not path.name.endswith("_checks.py")]
     for key in config_lib.flat_keys(default.get_config()):
         section, leaf = ("config." + key).rsplit(".", 2)[-2:]
 
@@ -66,54 +66,6 @@ def test_every_key_is_read():
             return any(re.search(p, code) for p in [*patterns, rf"\*\*\w+\.{section}\b"])
 
         assert any(map(reads, codes)), key
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("model.variant", "tinny", "did you mean 'tiny'"),
-        ("model.version", "2.2", "2.1"),
-        ("model.resolution", 100, "multiple of 32: take 96"),
-        ("model.resolution", 16, "take 32"),
-        ("data.source", "foldr", "did you mean 'folder'"),
-        ("train.precision", "float16", "take bfloat16"),
-        ("train.reduce_precision", "half", "float32, bfloat16"),
-        ("train.remat", "frames", "did you mean 'frame'"),
-        ("train.steps", 0, "train.steps=0 must be at least 1"),
-        ("prompts.prob_box", 1.5, "prompts.prob_box=1.5 must be between 0 and 1"),
-        ("prompts.max_cond_frames", 3, "prompts.max_corrected_frames=2"),
-        ("optim.weight_decay", (0.1,), "(globs, value)"),
-        ("optim.clip_norm", 0.0, "greater than 0"),
-        ("optim.learning_rate", ("cosine", 1e-3, -1e-3), "at least 0"),
-        ("optim.name", "adamm", "did you mean 'adamw'"),
-        ("optim.momentum", 0.9, "leave it at None"),
-        ("optim.multiplier", ((("*",), "2"),), "number of at least 0"),
-        ("data.synthetic.speed", 0.0, "greater than 0"),
-        ("data.synthetic.eval_frames", 2, "at least 3"),
-        ("eval.max_frames", 2, "0 (all) or at least 3"),
-        ("checkpoint.best", "eval/loss", "eval.loss_clips=0"),
-        ("seed", -1, "seed=-1 must be at least 0"),
-        ("data.augment.degrees", float("nan"), "must be finite"),
-        ("data.augment.blur", float("inf"), "must be finite"),
-        ("data.augment.scale", (1.0, float("inf")), "must be finite"),
-        ("data.weight", float("nan"), "must be finite"),
-        ("data.augment.fill", (300, 0, 0), "must be 0 to 255"),
-        ("data.instances.max_area", 0.0, "greater than 0"),
-        ("data.weight", -0.5, "at least 0"),
-        ("data.weight", 0.5, "data.mixture is empty: take 0"),
-        ("eval.prompts", (), "take ('mask',)"),
-        ("loss.mask", float("nan"), "loss.mask=nan must be finite"),
-        ("loss.object_class", float("inf"), "must be finite"),
-        ("train.profile_steps", (9_999, 10_001), "not beyond train.steps=10000"),
-    ],
-)
-def test_values_that_cannot_work_are_named(key, value, words):
-    config = default.get_config()
-    config.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError) as error:
-        config_lib.check(config)
-    assert key in str(error.value)
-    assert words in str(error.value)
 
 
 def test_finish_prefers_a_folder_to_the_downloaded_copy():
@@ -130,14 +82,6 @@ def test_finish_prefers_a_folder_in_a_mixture_too():
     config.data.mixture.sav.root = "somewhere"
     entries = config_lib.finish(config).data.mixture
     assert (entries.sav.source, entries.sa1b.source) == ("folder", "tfds")
-
-
-@pytest.mark.parametrize("key", ["root", "include", "exclude"])
-def test_rendered_clips_are_in_no_folder_and_on_no_list(key):
-    config = synthetic.get_config("nano")
-    config.data[key] = "somewhere"
-    with pytest.raises(UserError, match=f"data.{key}=somewhere is of no use to"):
-        config_lib.check(config)
 
 
 def test_finished_configs_are_locked():
@@ -162,32 +106,23 @@ def test_a_mixture_has_no_settings_of_a_single_source():
         config_lib.check_overrides(path, [f"--config.data.{key}=1"])
 
 
-def test_frames_of_a_single_source_do_not_matter_to_a_mixture():
-    config = mixture.get_config("tiny")
-    config.data.num_frames, config.train.segment = 7, 4
-    config_lib.check(config)
-    config.data.mixture.sav.num_frames = 7
-    with pytest.raises(UserError, match="must divide data.mixture.sav.num_frames=7"):
-        config_lib.check(config)
-
-
 def test_evaluation_sets_are_named_on_the_command_line():
     """And kept in the arguments, with which a bad step is repeated."""
     code = """import sys
 from sam2_jax import config
 config.run(lambda c: print(c.eval.sets.to_dict(), c.train.steps, c.is_locked, *sys.argv[1:]))"""
     given = ["--config.eval.sets.far=a=b/c", f"--config={SMOKE}", "--config.eval.sets.x-1", "2016"]
-    command = [sys.executable, "-c", code, *given, "--config.train.steps=3"]
+    command = [sys.executable, "-c", code, *given, "--config.train.steps=300"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split("} ")[0] == "{'far': 'a=b/c', 'x-1': '2016'", done.stderr
     assert done.stdout.split("} ")[1].split() == [
-        "3",
+        "300",
         "True",
         f"--config={SMOKE}",
         "--config.eval.sets.far=a=b/c",
         "--config.eval.sets.x-1",
         "2016",
-        "--config.train.steps=3",
+        "--config.train.steps=300",
     ]
 
 

@@ -264,7 +264,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(tmp_path, mon
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
     with (
-        pytest.raises(UserError, match=r"disk is full\); the last whole one is of step 4"),
+        pytest.raises(UserError, match=r"disk is full\); .* checkpoint is of step 4"),
         checkpoint.writing(tmp_path),
     ):
         fit(tmp_path, sharding.make_mesh(4, 1, 1), steps=8)

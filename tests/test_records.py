@@ -1,27 +1,27 @@
 """What a run leaves to read: rows, curves, the best and the worst."""
 
+import errno
 import json
+import math
+import os
 import sys
 from unittest import mock
 
 import pytest
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+from tensorboardX import record_writer
+from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore
 
 from sam2_jax import records
 from sam2_jax.types import UserError
+from tests.test_events import read
 
 
 @pytest.mark.parametrize("step", [0, 7])
 def test_curves_of_a_run_that_died_are_purged(tmp_path, step):
     records.Records(tmp_path, step).close()
     (file,) = (tmp_path / "tensorboard").iterdir()
-    data, events = file.read_bytes(), []
-    while data:  # TFRecord: length, its checksum, the event, its checksum
-        size = int.from_bytes(data[:8], "little")
-        events.append(Event.FromString(data[12 : 12 + size]))
-        data = data[16 + size :]
-    starts = [e.step for e in events if e.session_log.status == SessionLog.START]
+    starts = [e.step for e in read(file) if e.session_log.status == SessionLog.START]
     assert starts == [step + 1]
 
 
@@ -96,3 +96,53 @@ def test_an_evaluation_before_a_torn_row_counts(tmp_path):
     assert not records.was_evaluated(path, 4)
     path.write_text('{"step": 4, "eval/J": 0.5}\n{"step": 5, "lo')
     assert records.was_evaluated(path, 4) and not records.was_evaluated(path, 5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"worst": [{"loss": 1.0, "st', "3", "{}x", '{"worst": [{"loss": 1}]}', "[[1]]", "{}"],
+)
+def test_a_torn_list_of_the_worst_is_begun_anew(tmp_path, capsys, text):
+    path = tmp_path / "worst.json"
+    path.write_text(text)
+    log = records.Records(tmp_path, 3)
+    assert log.read_worst(3) == records.NOTHING_SEEN
+    assert f"note: {path} cannot be read" in capsys.readouterr().out
+    first, second = (math.inf, 2, 9.0, ["a"]), (1.0, 4, math.inf, ["b"])
+    log.worst(records.Seen([first, second], [(2, 9.0), (4, 1.0)]))
+    assert log.read_worst(3) == records.Seen([first], [(2, 9.0)])
+    assert log.read_worst(4) == records.Seen([first, second], [(2, 9.0), (4, 1.0)])
+    assert not capsys.readouterr().out
+    log.close()
+
+
+def test_a_file_is_replaced_once_the_new_one_is_on_disk(tmp_path, monkeypatch):
+    log = records.Records(tmp_path)
+    log.worst(records.Seen([(1.0, 1, 1.0, ["a"])], []))
+    before = (tmp_path / "worst.json").read_text()
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(records.os, "fsync", full)
+        with pytest.raises(OSError):
+            log.worst(records.NOTHING_SEEN)
+    assert (tmp_path / "worst.json").read_text() == before
+    log.close()
+
+
+def test_all_is_closed_where_nothing_can_be_written(tmp_path, monkeypatch):
+    package = mock.Mock()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    rows, events = open("/dev/full", "w"), open("/dev/full", "wb")  # noqa: SIM115
+    monkeypatch.setattr(record_writer, "open_file", lambda path: events)
+    log = records.Records(tmp_path, 0, "mine")
+    log._file.close()
+    monkeypatch.setattr(log, "_file", rows)
+    with pytest.raises(OSError):
+        log.write(1, {"loss": 1.0})
+    with pytest.raises(OSError):
+        log.close()
+    assert rows.closed and events.closed
+    assert package.init.return_value.finish.call_count == 1

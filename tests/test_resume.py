@@ -9,7 +9,7 @@ import pytest
 
 from configs import mixture, smoke
 from sam2_jax import checkpoint, resume
-from sam2_jax.config_checks import flat_keys
+from sam2_jax.config_keys import flat_keys
 from sam2_jax.types import UserError
 
 

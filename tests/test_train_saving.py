@@ -58,12 +58,62 @@ def test_only_what_writes_checkpoints_is_taken_for_them(run_with, monkeypatch):
     with pytest.raises(ConnectionResetError):
         run_with(connection_lost, smoke.get_config())
 
-    def full(*args, **kwargs):
+    def no_quota(*args, **kwargs):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
-    with pytest.raises(UserError, match="could not be written .*there is none yet"):
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", no_quota)
+    with pytest.raises(UserError, match="could not be written .*no checkpoint yet"):
         run_with(lambda state, hooks: hooks.save(3, state), smoke.get_config())
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def draw(state, hooks):
+    hooks.save(3, state)
+
+
+def bad_step(state, hooks):
+    hooks.bad_step(4, state, example(0), {"skipped_in_a_row": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("module", "what", "own_loop"),
+    [
+        ("resume", "write_config", lambda *_: None),
+        ("curves", "loss_curves", draw),  # it is still being written
+        ("curves", "loss_curves", lambda *_: None),  # at the end
+        ("replay", "save", bad_step),
+        ("judging", "judge", lambda _, hooks: hooks.judge(3, {})),
+    ],
+)
+def test_whatever_finds_the_disk_full_says_so(
+    run_with,
+    script,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    module,
+    what,
+    own_loop,  # noqa: F811
+):
+    monkeypatch.setattr(getattr(script, module), what, full)
+    with pytest.raises(
+        checkpoint.Unwritten, match=f"{tmp_path} could .* disk is full.; .*no checkpoint yet"
+    ):
+        run_with(own_loop, smoke.get_config())
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_run_that_is_stopped_says_it_is_saved_if_it_is(run_with, tmp_path, monkeypatch, fails):
+    def stop(state, hooks):
+        hooks.save(3, state)
+        raise loop.Stopped(3)
+
+    if fails:
+        monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "wait_until_finished", full)
+    with pytest.raises(checkpoint.Unwritten if fails else loop.Stopped):
+        run_with(stop, smoke.get_config())
 
 
 @pytest.mark.parametrize(("not_finite", "count"), [("stop", 0), ("skip", 1)])

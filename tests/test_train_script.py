@@ -1,11 +1,13 @@
 """scripts/train.py: what it joins and what it refuses before it starts."""
 
+import errno
 import functools
 import importlib.util
 import pathlib
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import jax
 import pytest
@@ -13,7 +15,7 @@ from absl import flags
 from absl.testing import flagsaver
 from jax._src.clusters import cloud_tpu_cluster
 
-from sam2_jax import cluster, convert, weights
+from sam2_jax import checkpoint, cluster, convert, preparing, stopping, weights
 from sam2_jax import config as config_lib
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.types import UserError
@@ -116,6 +118,48 @@ def test_weights_are_checked_before_the_run(script, tmp_path, version):
         else:
             with pytest.raises(UserError, match=r"looks like nano 2\.0.*model\.version=2\.0"):
                 script.prepare(config)
+
+
+@pytest.fixture
+def started(script, tmp_path, monkeypatch) -> list:
+    """The runs that `main` starts to train in tmp_path/run; nothing of them is made."""
+    runs = []
+    monkeypatch.setattr(cluster, "agree", lambda *args: None)
+    monkeypatch.setattr(preparing, "same_everywhere", lambda *args: None)
+    monkeypatch.setattr(script.catalogue, "make_train_loader", lambda *args: mock.Mock())
+    monkeypatch.setattr(script, "train_on", lambda config, run, batches: runs.append(run))
+
+    def prepare(config, workdir):
+        return mock.Mock(workdir=workdir, latest=checkpoint.latest_step(workdir))
+
+    monkeypatch.setattr(preparing, "prepare", prepare)
+    with flagsaver.flagsaver(workdir=str(tmp_path / "run")):
+        yield runs
+
+
+def test_a_run_that_ends_meanwhile_is_gone_on_with(script, started, tmp_path, monkeypatch):
+    """It saves after this one has looked for its last checkpoint, and before this one has it."""
+    take = stopping.take
+    config = config_lib.load_file(str(ROOT / "configs/smoke.py"))
+
+    def ended(workdir):
+        (workdir / "checkpoints/40").mkdir(parents=True)
+        return take(workdir)
+
+    script.main(config)
+    monkeypatch.setattr(stopping, "take", ended)
+    script.main(config)
+    assert [run.latest for run in started] == [None, 40]
+
+
+def test_a_disk_that_is_still_full_at_the_start(script, started, monkeypatch):
+    def full(workdir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stopping, "take", full)
+    with pytest.raises(checkpoint.Unwritten, match="disk is full"):
+        script.main(config_lib.load_file(str(ROOT / "configs/smoke.py")))
+    assert not started
 
 
 def test_the_summary_lists_what_is_there(script, tmp_path, capsys):

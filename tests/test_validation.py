@@ -1,11 +1,13 @@
 """Evaluation in training: named sets and prompts, what is logged, who tracks."""
 
+import errno
+
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
-from sam2_jax import validation
+from sam2_jax import checkpoint, validation
 from sam2_jax.validation import EvalSet
 from tests.test_evaluate import RESOLUTION, FakeTracker, Squares
 
@@ -68,3 +70,12 @@ def test_sets_and_prompts_have_rows_of_their_own(fake, tmp_path, monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     starts = [line.split(": J&F")[0] for line in lines]
     assert starts == ["step 1", "step 1, click3", "step 1, far", "step 1, far click3"]
+
+
+def test_a_picture_for_which_there_is_no_room(fake, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(validation.plots, "overlay_sheet", full)
+    with pytest.raises(checkpoint.Unwritten, match=f"{tmp_path} could not .*disk is full"):
+        validation.validate(config(), "model", [EvalSet("", Squares())], tmp_path, np.zeros(1), 30)

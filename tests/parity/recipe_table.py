@@ -3,11 +3,11 @@
 from typing import Any
 
 from configs import mose
-from sam2_jax import config_checks, optim
+from sam2_jax import config_keys, optim
 from sam2_jax.model import sam2 as model
 from sam2_jax.model.variants import VARIANTS
 
-CONFIG = config_checks.flat_keys(mose.get_config("base_plus"))
+CONFIG = config_keys.flat_keys(mose.get_config("base_plus"))
 SIZE = VARIANTS["base_plus"]
 
 
