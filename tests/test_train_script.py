@@ -121,7 +121,7 @@ def test_weights_are_checked_before_the_run(script, tmp_path, version):
 
 
 @pytest.fixture
-def started(script, tmp_path, monkeypatch) -> list:
+def started(script, tmp_path, monkeypatch) -> Any:
     """The runs that `main` starts to train in tmp_path/run; nothing of them is made."""
     runs = []
     monkeypatch.setattr(cluster, "agree", lambda *args: None)
