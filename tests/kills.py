@@ -76,21 +76,25 @@ def start(workdir: pathlib.Path, steps: int) -> subprocess.Popen:
     return processes.start(workdir, 1, 1, ["--config=configs/smoke.py", *arguments])[0]
 
 
-def last_write(workdir: pathlib.Path) -> float:
-    """When the metrics were last written, which a start does before its first step; 0: never."""
+def wait_for_row(workdir: pathlib.Path, process: subprocess.Popen) -> float:
+    """Returns when a start has written its first row, or has ended; the time."""
     path = workdir / "metrics.jsonl"
-    return path.stat().st_mtime if path.exists() else 0.0
+    writes, last = 0, path.stat().st_mtime if path.exists() else 0.0
+    # The first write cuts what is later than the checkpoint, before the step is compiled
+    while writes < 2 and process.poll() is None:
+        now = path.stat().st_mtime if path.exists() else 0.0
+        writes, last = writes + (now != last), now
+        time.sleep(POLL)
+    return time.monotonic()
 
 
 def kill_one(workdir: pathlib.Path, steps: int, draw: random.Random, share: float) -> str:
     """Starts the run, kills it and says when, or that it came to its end."""
-    before = last_write(workdir)
     process = start(workdir, steps)
     if draw.random() < 0.25:
         wait, when = draw.uniform(0, START), "after the start"
     else:
-        while last_write(workdir) == before and process.poll() is None:
-            time.sleep(POLL)
+        wait_for_row(workdir, process)
         wait, when = draw.uniform(0, 2 * share), "after the first step"
     try:
         process.wait(wait)
@@ -116,13 +120,11 @@ def main() -> int:
         folder = args.folder or pathlib.Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         alone, killed = folder / "alone", folder / "killed"
-        process, began = start(alone, args.steps), 0.0
-        while process.poll() is None:
-            began = began or last_write(alone)
-            time.sleep(POLL)
-        if process.returncode:
+        process = start(alone, args.steps)
+        began = wait_for_row(alone, process)
+        if process.wait():
             raise RuntimeError(processes.log_of(alone, 0).read_text())
-        share = (last_write(alone) - began) / args.kills
+        share = (time.monotonic() - began) / args.kills
         print(f"left alone: {args.steps} steps in {share * args.kills:.1f} s", flush=True)
         kills, when = 0, "-"
         while when and kills < args.kills:
