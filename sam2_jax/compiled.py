@@ -4,7 +4,6 @@ Shapes alone: no parameter is made, no data read, nothing run. The step is the o
 scripts/train.py runs, from `recipe.make_config_step` through `train.jit_step`, with donated state.
 """
 
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 
 from sam2_jax import hlo, optim, recipe, sharding, topology, train
 from sam2_jax.benchmarks import ours, plans
+from sam2_jax.memory_estimate import heaviest_source, sharded_bytes
 from sam2_jax.model.sam2 import Sam2
 from sam2_jax.topology import Target
 from sam2_jax.types import Batch, UserError
@@ -23,18 +23,6 @@ from sam2_jax.types import Batch, UserError
 Report = dict[str, Any]  # of JSON's types
 _OVER = re.compile(r"required for HLO \w+ \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def heaviest_source(config: Any) -> tuple[str, Any]:
-    """(name, settings) of the source of training data whose batches have the most pixels."""
-    sources = dict(config.data.mixture.items()) or {"data": config.data}
-
-    def pixels(name: str) -> int:
-        s = sources[name]
-        return s.batch_size * s.num_frames * (1 + s.max_objects)
-
-    name = max(sources, key=pixels)
-    return name, sources[name]
 
 
 def batch_shapes(config: Any, videos: int) -> Batch:
@@ -209,23 +197,6 @@ def _needed_bytes(message: str) -> int:
         return 0
     number, unit = (match[1], match[2]) if match[1] else (match[3], match[4])
     return int(float(number) * _UNITS[unit])
-
-
-def sharded_bytes(tree: Any, mesh: Mesh) -> dict[str, int]:
-    """Bytes per device of each part of a state, as `sharding.tree_shardings` lays them out."""
-
-    def of(part: Any) -> int:
-        return sum(
-            math.prod(layout.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf, layout in zip(
-                jax.tree.leaves(part),
-                jax.tree.leaves(sharding.tree_shardings(part, mesh)),
-                strict=True,
-            )
-        )
-
-    sizes = {"parameters": of(tree.params), "optimizer": of(tree.opt_state)}
-    return sizes | ({"moving_average": of(tree.ema)} if tree.ema is not None else {})
 
 
 def least_collective_bytes(config: Any, parts: Parts) -> int:

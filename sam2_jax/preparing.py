@@ -118,7 +118,7 @@ def prepare(config: Any, workdir: pathlib.Path) -> Run:
         )
     model = recipe.make_config_model(config, mesh)
     optimizer, state, shapes = recipe.make_config_state(config, model)
-    memory = memory_estimate.estimate(config, model, state, mesh)
+    memory = memory_estimate.estimate(config, state, mesh)
     limit = memory_estimate.device_limit(jax.local_devices())
     warning = memory_estimate.check(memory, limit)
     parts = catalogue.make_parts(config)

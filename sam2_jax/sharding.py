@@ -69,6 +69,7 @@ def check_batch_size(
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size < 1 or batch_size % shards or batch_size % processes:
         parts = accumulate > 1
+        fewer = math.gcd(batch_size // (shards // accumulate), accumulate)
         raise UserError(
             f"{key}={batch_size} must be a multiple of mesh.data * mesh.fsdp"
             + (" * train.accumulate" if parts else "")
@@ -76,6 +77,7 @@ def check_batch_size(
             + (f" * {accumulate}" if parts else "")
             + (f" and of the {processes} processes" if processes > 1 else "")
             + f"; take {math.lcm(shards, processes)} or a multiple of it, or fewer devices"
+            + (f", or train.accumulate={fewer}" if 0 < fewer < accumulate else "")
         )
     model = mesh.shape["model"]
     groups = mesh.devices.reshape(-1, model)  # of devices that hold the same videos

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from sam2_jax import compiled, sharding
 from sam2_jax.compiled import Report
 from sam2_jax.config_checks import REMATS
+from sam2_jax.memory_estimate import heaviest_source, size
 from sam2_jax.topology import Target
 from sam2_jax.types import UserError
 
@@ -50,7 +51,7 @@ def last_resort(config: Any, devices: int) -> list[Setting]:
 def _left_and_parts(config: Any, devices: int) -> tuple[int, list[int]]:
     """(devices over which videos are dealt out, parts in which those of one can be worked off)."""
     left, *_ = sharding.mesh_shape(-1, 1, config.mesh.model, devices)
-    videos = compiled.heaviest_source(config)[1].batch_size // left
+    videos = heaviest_source(config)[1].batch_size // left
     return left, [n for n in range(1, MOST_PARTS + 1) if videos % n == 0]
 
 
@@ -111,13 +112,6 @@ def _with(config: Any, setting: Setting) -> Any:
     copy.mesh.data, copy.mesh.fsdp = -1, setting.fsdp
     copy.train.remat, copy.train.accumulate = setting.remat, setting.accumulate
     return copy.lock()
-
-
-def size(count: int | float | None) -> str:
-    """Bytes as GiB, or MiB where that is less than one."""
-    if count is None:
-        return "-"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def words(found: Report) -> str:

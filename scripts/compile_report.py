@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from sam2_jax import compiled, sharding, suggest, topology
+from sam2_jax import compiled, memory_estimate, sharding, suggest, topology
 from sam2_jax import config as config_lib
 from sam2_jax.types import UserError
 
@@ -35,7 +35,9 @@ _SUGGEST = flags.DEFINE_bool(
 )
 _ATTENTION = flags.DEFINE_string("attention", "", "The same as --config.model.attention.")
 _VIDEOS = flags.DEFINE_integer(
-    "videos_per_device", None, "Sets data.batch_size to so many times data * fsdp."
+    "videos_per_device",
+    None,
+    "Sets data.batch_size, or that of every source of a mixture, to so many times data * fsdp.",
 )
 
 
@@ -47,10 +49,10 @@ def settle(config: Any, target: topology.Target) -> None:
     if _VIDEOS.value is not None:
         if _VIDEOS.value < 1:
             raise UserError(f"--videos_per_device={_VIDEOS.value} must be at least 1")
-        _, source = compiled.heaviest_source(config)
         m = config.mesh
         data, fsdp, _ = sharding.mesh_shape(m.data, m.fsdp, m.model, len(target.devices))
-        source.batch_size = _VIDEOS.value * data * fsdp
+        for source in memory_estimate.sources(config).values():
+            source.batch_size = _VIDEOS.value * data * fsdp
     config_lib.finish(config)
 
 

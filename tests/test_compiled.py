@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from configs import mixture, mose
-from sam2_jax import compiled, recipe, sharding, suggest, topology
+from sam2_jax import compiled, memory_estimate, recipe, sharding, suggest, topology
 from sam2_jax import config as config_lib
 from sam2_jax.model.kernels import Kernel
 from sam2_jax.types import UserError
@@ -96,7 +96,7 @@ def test_state_bytes_fall_with_fsdp():
     for fsdp in (1, 2, 4):
         config = small_config(fsdp=fsdp)
         parts = compiled.make_parts(config, jax.devices()[:DEVICES])
-        sizes.append(compiled.sharded_bytes(parts.state, parts.mesh))
+        sizes.append(memory_estimate.sharded_bytes(parts.state, parts.mesh))
     for name in ("parameters", "optimizer"):
         whole, half, quarter = (each[name] for each in sizes)
         # What is large enough is shared; nano has more of the rest than any other

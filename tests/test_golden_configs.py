@@ -2,12 +2,14 @@
 
 tests/golden/default.json holds all keys of configs/default.py:tiny. The file of another config says
 in what its `tiny` differs from that, sources of a mixture from the source of the default; its other
-variants, in what they differ from its own `tiny`. After a change that is meant, write them anew and
-look at the difference:
+variants, in what they differ from its own `tiny`. gpu.json says what is recomputed, and in how many
+parts a device's videos are worked off, on some machines; null where nothing fits. After a change
+that is meant, write them anew and look at the difference:
 
     python -m tests.test_golden_configs
 """
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -15,12 +17,13 @@ from typing import Any
 import pytest
 
 from sam2_jax import config as config_lib
+from sam2_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 VARIANTS = ("tiny", "small", "base_plus", "large", "nano")
-SIZED = {"mose": ("base_plus,gpu=8", "base_plus,gpu=24", "large,gpu=80")}  # and a few of these
+MACHINES = ("8", "24", "80", "8x24")  # GB of a device, or of each of eight
 MIXTURE = "data.mixture"
 
 Flat = dict[str, Any]  # of JSON's types, by dotted key
@@ -54,9 +57,23 @@ def golden(name: str) -> dict[str, Flat]:
     """What the file of a config is to hold."""
     default, tiny = resolved("default", "tiny"), resolved(name, "tiny")
     first = dict(sorted(tiny.items())) if name == "default" else difference(tiny, default)
-    others = (*VARIANTS[1:], *SIZED.get(name, ()))
-    rest = {variant: difference(resolved(name, variant), tiny) for variant in others}
+    rest = {variant: difference(resolved(name, variant), tiny) for variant in VARIANTS[1:]}
     return {"tiny": first} | rest
+
+
+def recomputed(name: str, variant: str) -> Flat:
+    """[train.remat, train.accumulate] by machine."""
+    found: Flat = dict.fromkeys(MACHINES)
+    for machine in MACHINES:
+        with contextlib.suppress(UserError):
+            train = resolved(name, f"{variant},gpu={machine}")
+            found[machine] = [train["train.remat"], train["train.accumulate"]]
+    return found
+
+
+def golden_machines() -> dict[str, Flat]:
+    """What gpu.json is to hold."""
+    return {name: {v: recomputed(name, v) for v in VARIANTS} for name in NAMES}
 
 
 def as_text(content: dict[str, Flat]) -> str:
@@ -74,8 +91,13 @@ def test_configs_are_what_they_were(name):
     assert json.loads((GOLDEN / f"{name}.json").read_text()) == golden(name)
 
 
+def test_machines_get_what_they_got():
+    """Run `python -m tests.test_golden_configs` if the change is meant."""
+    assert json.loads((GOLDEN / "gpu.json").read_text()) == golden_machines()
+
+
 def test_every_file_belongs_to_a_config():
-    assert sorted(path.stem for path in GOLDEN.glob("*.json")) == NAMES
+    assert {path.stem for path in GOLDEN.glob("*.json")} == {*NAMES, "gpu"}
 
 
 def write_all() -> None:
@@ -85,6 +107,7 @@ def write_all() -> None:
         path.unlink()
     for name in NAMES:
         (GOLDEN / f"{name}.json").write_text(as_text(golden(name)))
+    (GOLDEN / "gpu.json").write_text(as_text(golden_machines()))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def test_batch_size_must_divide():
     sharding.check_batch_size(8, mesh)
     with pytest.raises(UserError, match="data.batch_size=6 .* 2 \\* 2"):
         sharding.check_batch_size(6, mesh)
+    with pytest.raises(UserError, match="2 \\* 2 \\* 8; .* or train.accumulate=2$"):
+        sharding.check_batch_size(8, mesh, accumulate=8)
     with pytest.raises(UserError, match="8 processes"):
         sharding.check_batch_size(4, mesh, processes=8)
 
