@@ -9,12 +9,17 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import default
+from sam2_jax import work
 from sam2_jax.benchmarks import (
     clips,
+    compiling,
+    data,
     inference,
     looping,
+    ours,
     plot,
     reference,
     report,
@@ -84,6 +89,9 @@ def test_a_step_is_told(asked, monkeypatch, tmp_path, capsys):
     assert len(asked) == 2 + 3 * 4 + 2 * 4
     told = capsys.readouterr().out
     assert "a step: nano, 64 px, 2 frames, 2 objects" in told and "peak of a process" in told
+    table = [line.split() for line in told.splitlines()]
+    assert ["point11", "ours", "1", "0.5", "1", "1", "3"] in table
+    assert ["point11", "reference", "2", "-", "2", "2", "3"] in table
 
 
 def test_a_step_without_the_reference(asked, monkeypatch, tmp_path, capsys):
@@ -97,6 +105,47 @@ def test_a_step_without_the_reference(asked, monkeypatch, tmp_path, capsys):
     assert "without the reference: torch cannot be imported" in capsys.readouterr().out
 
 
+def test_work_that_is_guessed_is_told(monkeypatch, tmp_path, capsys):
+    sure, guess = work.Work(10**12), work.Work(10**12, guessed=2)
+    scopes = {"mask1": {"": sure}, "mask2": {"": sure, "a": guess}}
+    monkeypatch.setattr(ours, "count", lambda *_: scopes)
+    path = tmp_path / "step.json"
+    flags = [*SMALL, "--plans=mask1,mask2", "--work-only", "--reference=no", f"--json={path}"]
+    step.run(default.get_config, flags)
+    assert json.loads(path.read_text())["tflop_by_plan"] == {"mask1": 1.0, "mask2": 2.0}
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("warning: mask2 does not settle 2 branches")
+
+
+def test_parts_of_a_step_that_are_more_than_it_are_told(monkeypatch, tmp_path):
+    spent = {name: [9.0] * 3 + [1.0, 9.0] for name in (looping.WAIT, looping.READ)}
+    monkeypatch.setattr(looping, "measure", lambda *_: (spent, 1.5))
+    monkeypatch.setattr(serving, "use_threads", lambda threads: None)
+    path = tmp_path / "loop.json"
+    looping.run(default.get_config, [*SMALL, f"--json={path}"])
+    figures = json.loads(path.read_text())
+    parts = {looping.WAIT: 1.0, looping.READ: 1.0, "other": -0.5}
+    assert figures["seconds"] == 1.5 and figures["seconds_by_part"] == parts
+
+
+@pytest.mark.parametrize("where", ["no/such.json", "", "file/such.json"])
+@pytest.mark.parametrize("command", ["compile", "data", "inference", "loop", "step"])
+def test_a_file_that_cannot_be_written_is_told_at_once(monkeypatch, tmp_path, command, where):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(clips, "render", None)
+    monkeypatch.setattr(looping, "measure", None)
+    run = {
+        "compile": lambda *flags: compiling.run(default.get_config, [*SMALL, *flags]),
+        "data": lambda *flags: data.run([f"--data_root={tmp_path}", *flags]),
+        "inference": lambda *flags: inference.run([*SMALL[:2], *flags]),
+        "loop": lambda *flags: looping.run(default.get_config, [*SMALL, *flags]),
+        "step": lambda *flags: step.run(default.get_config, [*SMALL, *flags]),
+    }[command]
+    with pytest.raises(UserError, match=r"--json=.* cannot be written \(.*\): give a file"):
+        run(f"--json={tmp_path / where}")
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
 def test_inference_is_told(asked, tmp_path, capsys):
     path = tmp_path / "video.json"
     flags = ["--variant=nano", "--resolution=64", "--frames=12", "--objects=1,2"]
@@ -105,7 +154,7 @@ def test_inference_is_told(asked, tmp_path, capsys):
     assert figures["by_objects"]["1"]["frames_per_second"] == 1.0
     assert (figures["seconds"], figures["reference_seconds"]) == (2.0, 4.0)
     assert figures["memory_ratio"] == 0.5
-    assert len(figures["by_objects"]["2"]["all_seconds"]["ours"]) == 2 * (12 - inference.FILLING)
+    assert len(figures["by_objects"]["2"]["all_seconds"]["ours"]) == 2 * (11 - inference.FILLING)
     assert "frames/s" in capsys.readouterr().out
 
 
@@ -126,7 +175,7 @@ def test_inference_is_told(asked, tmp_path, capsys):
         ("step", "--bad=1", "--bad=1"),
         ("step", "--objects=30", "--objects=30: of 2 rendered clips only 0"),
         ("inference", "--objects=1,no", "--objects=1,no: expected numbers"),
-        ("inference", "--frames=3", "--frames=3: of 8 no time is taken"),
+        ("inference", "--frames=9", "--frames=9: of the first 8 and the last no time is taken"),
         ("loop", "--steps=2", "--steps=2 must be at least 5"),
     ],
 )
@@ -175,6 +224,11 @@ def write_step(folder: pathlib.Path, name: str, **changes) -> str:
     return str(folder / name)
 
 
+def image_size(path: pathlib.Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
 def test_costs_are_drawn(tmp_path):
     files = [
         write_step(tmp_path, "a.json"),
@@ -188,6 +242,11 @@ def test_costs_are_drawn(tmp_path):
     (points,) = plot.lines(read, "frames", "tflop_by_plan").values()
     assert points == [(4, 3.0), (8, 6.0)]
     assert not plot.lines(read, "objects", "seconds")
+    assert not plot.lines(read, "frames", "peak_bytes")
+    plain = image_size(output)
+    files += [write_step(tmp_path, f"m{n}.json", frames=n, peak_bytes=n * 2**30) for n in (2, 4)]
+    plot.run(["--json", *files, f"--output={output}"])
+    assert image_size(output) == (plain[0], plain[1] * 3 // 2)  # a row for memory
     with pytest.raises(UserError, match="no two files differ"):
         plot.run(["--json", files[0], f"--output={output}"])
     with pytest.raises(UserError, match=r"--json=.*x\.json cannot be read"):

@@ -26,7 +26,7 @@ def run(get_config: settings.GetConfig, argv: list[str]) -> None:
         folder = pathlib.Path(name)
         images, masks = clips.render(args.batch_size, args.frames, args.objects, args.resolution)
         setup = {"config": config.to_dict(), "threads": args.threads}
-        workers.prepare(folder, setup, images=images, masks=masks)
+        workers.prepare(folder, setup, images, masks)
         found = {}
         for kind in (COLD, WARM):
             print(f"{kind} ...", file=sys.stderr, flush=True)

@@ -42,7 +42,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--step_seconds", type=float, help="of a training step: tells its wait")
     parser.add_argument("--batch_size", type=int, default=1, help="clips a step, of this host")
     parser.add_argument("--workers", type=int, default=1, help="cores that load, of this host")
-    parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
+    report.add_json(parser)
     args = parser.parse_args(argv)
     for name in ("resolution", "frames", "objects", "batch_size", "workers"):
         if getattr(args, name) < 1:

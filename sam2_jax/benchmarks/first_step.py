@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import pickle
 import time
 from typing import Any
 
@@ -22,7 +21,7 @@ IMPORTED = time.time()
 
 def make(folder: pathlib.Path) -> serving.Answer:
     """Answers {"started": time.time() at the process's start} with seconds and peaks by phase."""
-    setup = pickle.loads((folder / "setup.pkl").read_bytes())
+    setup = serving.read_setup(folder)
     serving.use_threads(setup["threads"])
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -39,8 +38,8 @@ def make(folder: pathlib.Path) -> serving.Answer:
         side = ours.make_side(config)
         begin = jax.jit(functools.partial(train.init_state, optimizer=side.optimizer))
         state = begin(init_params(side.model, jax.random.key(0)))
-        with np.load(folder / "clips.npz") as clips:
-            images, masks = clips["images"], clips["masks"]
+        clips = serving.read_arrays(folder / serving.CLIPS)
+        images, masks = clips["images"], clips["masks"]
         videos, _, objects = masks.shape[:3]
         valid = np.ones((videos, objects), bool)
         batch = sharding.put_batch(Batch(images, masks, valid), side.mesh)

@@ -24,7 +24,8 @@ def run(get_config: settings.GetConfig, argv: list[str]) -> None:
     """A short real run, from rendered clips to metrics.jsonl: seconds a step by what the loop does.
 
     The loop is train.py's, with the default configuration's loader. Waiting for the device, in
-    which the metrics of the step before are read, is the time in which it is kept busy.
+    which the metrics of the step before are read, is the time in which it is kept busy. What is
+    left of a step is `other`; below zero, parts were counted that are not of the steps timed.
     """
     parser = settings.make_parser(run.__doc__, 64, 4)
     settings.add_training(parser)
@@ -38,8 +39,9 @@ def run(get_config: settings.GetConfig, argv: list[str]) -> None:
         config.train.steps = args.steps
     with tempfile.TemporaryDirectory() as workdir:
         spent, whole = measure(config, pathlib.Path(workdir))
-    mean = {name: statistics.fmean(found[SKIPPED:]) for name, found in spent.items()}
-    mean["other"] = max(0.0, whole - sum(mean.values()))
+    # The last step, which no other follows, is not in `whole` either
+    mean = {name: statistics.fmean(found[SKIPPED:-1]) for name, found in spent.items()}
+    mean["other"] = whole - sum(mean.values())
     print(
         f"a step of the loop: {args.variant}, {args.resolution} px, {args.frames} frames, "
         f"{args.objects} objects, {args.batch_size} videos, {args.threads} threads"
@@ -93,7 +95,8 @@ def measure(config: Any, workdir: pathlib.Path) -> tuple[dict[str, list[float]],
                 loop.make_loop_settings(config),
                 ready.mesh,
                 workdir=workdir,
-                hooks=loop.Hooks(save=lambda step, state: None),
+                # Of train.py's the one that every step pays for
+                hooks=loop.Hooks(save=lambda step, state: None, clips_of=batches.clips_of),
             )
     finally:
         batches.close()

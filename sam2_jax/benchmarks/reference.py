@@ -185,10 +185,19 @@ def forward(side: Side, clips: Any, plan: Mapping[str, np.ndarray]) -> Any:
     return loss
 
 
-def step(side: Side, clips: Any, plan: Mapping[str, np.ndarray]) -> float:
-    """One step of its trainer in float32: gradients, clipping, optimizer. Returns the loss."""
+def step(
+    side: Side, clips: Any, plan: Mapping[str, np.ndarray], precision: str = "float32"
+) -> float:
+    """One step of its trainer: gradients, clipping, optimizer. Returns the loss.
+
+    In bfloat16 its trainer runs model and losses under autocast, which leaves parameters, some
+    operations and the losses' sums in float32.
+    """
+    import torch
+
     side.optimizer.zero_grad(set_to_none=True)
-    loss = forward(side, clips, plan)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        loss = forward(side, clips, plan)
     loss.backward()
     side.clip(model=side.model)
     side.optimizer.step(0.0, 0)

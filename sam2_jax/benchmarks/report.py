@@ -3,12 +3,38 @@
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from sam2_jax.config import Parser
 from sam2_jax.types import UserError
 
 MIB = 2**20
+
+
+def add_json(parser: Parser) -> None:
+    """The flag --json of all that measure; a file that cannot be written is told at once."""
+    parser.add_argument("--json", type=_writable, help="file for the figures")
+
+
+def _writable(text: str) -> pathlib.Path:
+    path = pathlib.Path(text)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        # Rights alone do not tell: root has them all, and a file system may be mounted read-only
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: pathlib.Path, error: OSError) -> UserError:
+    return UserError(
+        f"--json={path} cannot be written ({error.strerror or error}): give a file in a folder "
+        "that exists and can be written to"
+    )
 
 
 def ratio(ours: float | int | None, theirs: float | int | None) -> float | None:
@@ -43,4 +69,4 @@ def write(path: pathlib.Path | None, figures: dict[str, Any]) -> None:
         part.write_text(json.dumps(figures, indent=2) + "\n")
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"--json={path} cannot be written ({error}): give another file") from error
+        raise _unwritable(path, error) from error

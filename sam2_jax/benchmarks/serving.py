@@ -1,6 +1,7 @@
 """A process that measures one side, started by workers.py: answers requests, a JSON line each.
 
-Imports neither JAX nor PyTorch, so that the process has only what it measures.
+Imports neither JAX nor PyTorch, so that the process has only what it measures. What it is given
+lies in a folder, as JSON and arrays: nothing is unpickled.
 """
 
 import json
@@ -12,6 +13,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+# What workers.py writes into the folder, but for the weights, which the reference's side does
+SETUP, PLANS, CLIPS, WEIGHTS = "setup.json", "plans.npz", "clips.npz", "weights.npz"
 CLEAR, STATUS = (pathlib.Path("/proc/self") / name for name in ("clear_refs", "status"))
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -33,6 +38,32 @@ def serve(make: Callable[[pathlib.Path], Answer]) -> None:
         since = peak_bytes()
         found |= {"peak_bytes": max(highest, since), "peak_since": since}
         print(json.dumps(found), file=answers, flush=True)
+
+
+def read_setup(folder: pathlib.Path) -> dict[str, Any]:
+    """The settings; every list a tuple, as configs and variants have them."""
+    return _with_tuples(json.loads((folder / SETUP).read_text()))
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_tuples(x) for name, x in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file, by name."""
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def read_plans(folder: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
+    """The fields of every plan, by its name."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for path, x in read_arrays(folder / PLANS).items():
+        name, field = path.split(".")
+        found.setdefault(name, {})[field] = x
+    return found
 
 
 def use_threads(threads: int) -> None:

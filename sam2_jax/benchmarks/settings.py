@@ -1,11 +1,10 @@
 """Flags that the commands share, and the config that they describe."""
 
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from sam2_jax import config as config_lib
-from sam2_jax.benchmarks import plans, reference
+from sam2_jax.benchmarks import plans, reference, report
 from sam2_jax.model.variants import VARIANTS
 from sam2_jax.types import UserError
 
@@ -22,7 +21,7 @@ def make_parser(about: str | None, resolution: int, frames: int) -> config_lib.P
     parser.add_argument("--resolution", type=int, default=resolution, help="pixels, 32 n")
     parser.add_argument("--frames", type=int, default=frames, help="of a clip")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
-    parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
+    report.add_json(parser)
     return parser
 
 
@@ -30,7 +29,7 @@ def add_training(parser: config_lib.Parser) -> None:
     """Flags of a training step."""
     parser.add_argument("--objects", type=int, default=3, help="of a clip")
     parser.add_argument("--batch_size", type=int, default=1, help="videos")
-    parser.add_argument("--precision", default="float32", help="of our computation")
+    parser.add_argument("--precision", default="float32", help="of the computation, of both sides")
     parser.add_argument("--remat", default="none", help="train.remat of the config")
     parser.add_argument("--attention", default="auto", help="model.attention of the config")
 

@@ -5,6 +5,7 @@ import pathlib
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from sam2_jax import work
@@ -18,6 +19,7 @@ PLANS = "mask1,mask2,point11,point12,point22,box11"
 def run(get_config: settings.GetConfig, argv: list[str]) -> None:
     """A training step of ours and of the reference: seconds, memory and work.
 
+    With --precision=bfloat16 the reference runs under autocast, as its trainer does on GPUs.
     Work is that of forward and backward pass, two operations for each multiplication with its
     addition, without what is computed again to save memory. Of ours it is counted over the step's
     jaxpr, of the reference by PyTorch's FlopCounterMode over tensors without values.
@@ -50,9 +52,9 @@ def measure(config: Any, args: Any, given: dict[str, Any], beside: bool) -> dict
         folder = pathlib.Path(name)
         images, masks = clips.render(args.batch_size, args.frames, args.objects, args.resolution)
         variant = VARIANTS[args.variant]._asdict()
-        setup = {"config": config.to_dict(), "variant": variant, "plans": given}
+        setup = {"config": config.to_dict(), "variant": variant, "precision": args.precision}
         setup |= {"resolution": args.resolution, "threads": args.threads}
-        workers.prepare(folder, setup, images=images, masks=masks)
+        workers.prepare(folder, setup, images, masks, given)
         seconds, losses = take_turns(folder, list(given), args.repeats, beside)
         peaks = {side: peak(side, folder, list(given)) for side in seconds}
     print(
@@ -62,13 +64,19 @@ def measure(config: Any, args: Any, given: dict[str, Any], beside: bool) -> dict
     median = {
         side: {n: statistics.median(x) for n, x in found.items()} for side, found in seconds.items()
     }
+    ratios = {
+        name: report.ratio(x, median.get(REFERENCE, {}).get(name))
+        for name, x in median[OURS].items()
+    }
     rows = []
     for plan in given:
         for side in seconds:
             took = seconds[side][plan]
-            rows.append([plan, side, median[side][plan], min(took), max(took), losses[side][plan]])
-    report.table(("plan", "side", "seconds", "least", "most", "first loss"), rows)
-    return figures_of(median, seconds, losses, peaks)
+            ratio = ratios[plan] if side == OURS else None
+            row = median[side][plan], ratio, min(took), max(took), losses[side][plan]
+            rows.append([plan, side, *row])
+    report.table(("plan", "side", "seconds", "ratio", "least", "most", "first loss"), rows)
+    return figures_of(median, seconds, losses, peaks) | {"seconds_ratio_by_plan": ratios}
 
 
 def take_turns(
@@ -126,10 +134,6 @@ def figures_of(
         statistics.fmean(median[side].values()) if side in median else None
         for side in (OURS, REFERENCE)
     )
-    ratios = {
-        name: report.ratio(x, median.get(REFERENCE, {}).get(name))
-        for name, x in median[OURS].items()
-    }
     rows = [["seconds, mean of the plans", own, theirs, report.ratio(own, theirs)]]
     memory: dict[str, Any] = {}
     labels = "peak of a process, MiB", "peak once under way, MiB"
@@ -145,16 +149,28 @@ def figures_of(
         "seconds_ratio": report.ratio(own, theirs),
         "seconds_by_plan": median[OURS],
         "reference_seconds_by_plan": median.get(REFERENCE),
-        "seconds_ratio_by_plan": ratios,
         "all_seconds": seconds,
         "first_losses": losses,
     }
 
 
+def teraflops(scopes: Mapping[str, work.Scopes]) -> dict[str, float]:
+    """Work by plan; warns on stderr of plans that do not settle which branches are taken."""
+    found = {name: work.total(x.values()) for name, x in scopes.items()}
+    for name, done in found.items():
+        if done.guessed:
+            print(
+                f"warning: {name} does not settle {done.guessed} branches of the step: the work of "
+                "the largest is counted",
+                file=sys.stderr,
+            )
+    return {name: done.total / 1e12 for name, done in found.items()}
+
+
 def count(config: Any, args: Any, given: dict[str, Any], beside: bool) -> dict[str, Any]:
     """Counts and prints the work of both sides."""
     scopes = ours.count(config, given)
-    own = {name: work.total(x.values()).total / 1e12 for name, x in scopes.items()}
+    own = teraflops(scopes)
     theirs: dict[str, float] = {}
     if beside:
         sizes = args.batch_size, args.frames, args.objects, args.resolution
@@ -172,9 +188,7 @@ def count(config: Any, args: Any, given: dict[str, Any], beside: bool) -> dict[s
     figures["work_ratio_by_plan"] = ratios
     if args.recomputed:
         scopes = ours.count(config, given, recomputed=True)
-        figures["tflop_run_by_plan"] = {
-            name: work.total(x.values()).total / 1e12 for name, x in scopes.items()
-        }
+        figures["tflop_run_by_plan"] = teraflops(scopes)
         print("with what is computed again to save memory")
         report.table(("plan", "ours"), list(figures["tflop_run_by_plan"].items()))
     if args.parts:

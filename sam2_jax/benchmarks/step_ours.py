@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import pickle
 import time
 from typing import Any
 
@@ -18,22 +17,28 @@ from sam2_jax.types import Batch, PromptPlan
 
 def make(folder: pathlib.Path) -> serving.Answer:
     """Answers {"plan": name} with the seconds of a step; {"weights": True} loads theirs."""
-    setup = pickle.loads((folder / "setup.pkl").read_bytes())
+    setup = serving.read_setup(folder)
     serving.use_threads(setup["threads"])  # JAX counts cores when it is first used
     config: Any = ConfigDict(setup["config"])
     side = ours.make_side(config)
     everywhere = sharding.replicated(side.mesh)
     of_state = train.state_shardings(side.shapes, side.mesh)
-    # As in training: left to JAX the second step, of a state that came out of one, compiles anew
+    # As in training, and the first state too: left to JAX the second step, of a state that came out
+    # of one, compiles anew
     step = jax.jit(
         ours.make_step(config, side),
         in_shardings=(of_state, everywhere, everywhere, everywhere),
         out_shardings=(of_state, everywhere),
         donate_argnums=0,
     )
-    begin = jax.jit(functools.partial(train.init_state, optimizer=side.optimizer), donate_argnums=0)
-    with np.load(folder / "clips.npz") as clips:
-        images, masks = clips["images"], clips["masks"]
+    begin = jax.jit(
+        functools.partial(train.init_state, optimizer=side.optimizer),
+        out_shardings=of_state,
+        donate_argnums=0,
+    )
+    clips = serving.read_arrays(folder / serving.CLIPS)
+    images, masks = clips["images"], clips["masks"]
+    plans = serving.read_plans(folder)
     videos, _, objects = masks.shape[:3]
     batch = jax.device_put(Batch(images, masks, np.ones((videos, objects), bool)))
     key = jax.random.key(0)
@@ -42,11 +47,11 @@ def make(folder: pathlib.Path) -> serving.Answer:
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal state
         if request.get("weights"):
-            with np.load(folder / "weights.npz") as weights:
-                loaded = convert.from_reference(dict(weights), side.shapes.params)
+            weights = serving.read_arrays(folder / serving.WEIGHTS)
+            loaded = convert.from_reference(weights, side.shapes.params)
             state = begin(jax.tree.map(jax.numpy.asarray, loaded))
             return {}
-        plan = jax.device_put(PromptPlan(**setup["plans"][request["plan"]]))
+        plan = jax.device_put(PromptPlan(**plans[request["plan"]]))
         start = time.perf_counter()
         state, metrics = step(state, batch, key, plan)
         jax.block_until_ready((state, metrics))

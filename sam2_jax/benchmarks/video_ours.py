@@ -1,7 +1,6 @@
 """Worker: our tracking, as evaluation runs it."""
 
 import pathlib
-import pickle
 import time
 from typing import Any
 
@@ -18,19 +17,19 @@ from sam2_jax.predict.video import make_tracker
 
 def make(folder: pathlib.Path) -> serving.Answer:
     """Answers {"objects": n} with the seconds until each frame's masks; {"weights": True} loads."""
-    setup = pickle.loads((folder / "setup.pkl").read_bytes())
+    setup = serving.read_setup(folder)
     serving.use_threads(setup["threads"])  # JAX counts cores when it is first used
     model = make_sam2(setup["name"], setup["resolution"])
     tracker = make_tracker(model)
     params = init_params(model, jax.random.key(0))
-    with np.load(folder / "clips.npz") as clips:
-        images, masks = clips["images"][0], clips["masks"][0, 0]
+    clips = serving.read_arrays(folder / serving.CLIPS)
+    images, masks = clips["images"][0], clips["masks"][0, 0]
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal params
         if request.get("weights"):
-            with np.load(folder / "weights.npz") as weights:
-                params = jax.tree.map(jnp.asarray, convert.from_reference(dict(weights), params))
+            weights = serving.read_arrays(folder / serving.WEIGHTS)
+            params = jax.tree.map(jnp.asarray, convert.from_reference(weights, params))
             return {}
         predict = tracker_predictor(tracker, params, model.resolution)
         times = [time.perf_counter()]

@@ -2,7 +2,6 @@
 # pyright: reportMissingImports=false
 
 import pathlib
-import pickle
 import time
 from typing import Any
 from unittest import mock
@@ -14,15 +13,15 @@ from sam2_jax.benchmarks import reference, serving
 
 def make(folder: pathlib.Path) -> serving.Answer:
     """Answers {"objects": n} with the seconds until each frame's masks; {"weights": True} saves."""
-    setup = pickle.loads((folder / "setup.pkl").read_bytes())
+    setup = serving.read_setup(folder)
     serving.use_threads(setup["threads"])
     import torch
 
     torch.set_num_threads(setup["threads"])
     torch.manual_seed(0)
     predictor = reference.make_predictor(setup["variant"], setup["resolution"])
-    with np.load(folder / "clips.npz") as clips:
-        images, masks = clips["images"][0], clips["masks"][0, 0]
+    clips = serving.read_arrays(folder / serving.CLIPS)
+    images, masks = clips["images"][0], clips["masks"][0, 0]
     frames = reference.normalised(images)
     where = "sam2.sam2_video_predictor.load_video_frames"
     side = images.shape[1]
@@ -30,7 +29,7 @@ def make(folder: pathlib.Path) -> serving.Answer:
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         if request.get("weights"):
             state = {name: x.numpy() for name, x in predictor.state_dict().items()}
-            np.savez(folder / "weights.npz", **state)
+            np.savez(folder / serving.WEIGHTS, **state)
             return {}
         with mock.patch(where, return_value=(frames, side, side)):
             state = predictor.init_state("")

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import pickle
 import subprocess
 import sys
 import time
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from sam2_jax.benchmarks import serving
 from sam2_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
-SETUP, CLIPS = "setup.pkl", "clips.npz"
 
 
 class Worker:
@@ -76,7 +75,16 @@ def started(
         worker.close()
 
 
-def prepare(folder: pathlib.Path, setup: dict[str, Any], **clips: np.ndarray) -> None:
-    """Writes what both sides read: settings, as plain objects, and arrays."""
-    (folder / SETUP).write_bytes(pickle.dumps(setup))
-    np.savez(folder / CLIPS, **clips)  # pyright: ignore[reportArgumentType]
+def prepare(
+    folder: pathlib.Path,
+    setup: dict[str, Any],
+    images: np.ndarray,
+    masks: np.ndarray,
+    plans: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> None:
+    """Writes what both sides read (see serving.py): settings that JSON can hold, and arrays."""
+    (folder / serving.SETUP).write_text(json.dumps(setup))
+    np.savez(folder / serving.CLIPS, images=images, masks=masks)
+    if plans:
+        fields = {f"{name}.{k}": x for name, plan in plans.items() for k, x in plan.items()}
+        np.savez(folder / serving.PLANS, **fields)  # pyright: ignore[reportArgumentType]
