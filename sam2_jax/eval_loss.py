@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from sam2_jax import losses, prompts, sharding, track, train
 from sam2_jax.data import pipeline, transforms
 from sam2_jax.data.sources import VideoSource
+from sam2_jax.products import multiplying
 from sam2_jax.types import Array, Batch, PromptPlan, UserError
 from sam2_jax.validation import EvalSet, row_name
 
@@ -136,6 +137,7 @@ def _sums(
     layout = sharding.tree_specs(params, mesh)
     num_frames = batch.images.shape[1]
 
+    @multiplying(config.train.precision)
     def on_device(params: train.Params, batch: Batch) -> tuple[dict[str, Array], Array]:
         out = track.track(
             model,

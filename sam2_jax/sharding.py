@@ -80,10 +80,7 @@ def check_batch_size(
             + (f", or train.accumulate={fewer}" if 0 < fewer < accumulate else "")
         )
     model = mesh.shape["model"]
-    groups = mesh.devices.reshape(-1, model)  # of devices that hold the same videos
-    # On a torus a group may lie across hosts though the numbers would allow one within each
-    across = any(len({device.process_index for device in group}) > 1 for group in groups)
-    if processes > 1 and (len(groups) % processes or across):
+    if processes > 1 and (mesh.size // model % processes or spans_processes(mesh)):
         each = mesh.size // processes
         smaller = [n for n in range(1, model) if model % n == 0 and each % n == 0]
         raise UserError(
@@ -91,6 +88,15 @@ def check_batch_size(
             f"{processes}, with {each} devices each), which load different videos: take "
             f"mesh.model={max(smaller, default=1)}, so that those of a video belong to one process"
         )
+
+
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether devices that hold the same videos belong to several processes.
+
+    On a torus they may lie across hosts though the numbers would allow them within one.
+    """
+    groups = mesh.devices.reshape(-1, mesh.shape["model"])
+    return any(len({device.process_index for device in group}) > 1 for group in groups)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

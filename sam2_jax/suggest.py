@@ -19,11 +19,13 @@ class Setting(NamedTuple):
     fsdp: int
     remat: str
     accumulate: int
+    model: int = 1
 
     def flags(self) -> str:
         """As the command line takes it."""
+        shared = f"--config.mesh.model={self.model} " if self.model > 1 else ""
         return (
-            f"--config.mesh.data=-1 --config.mesh.fsdp={self.fsdp} "
+            f"--config.mesh.data=-1 --config.mesh.fsdp={self.fsdp} {shared}"
             f"--config.train.remat={self.remat} --config.train.accumulate={self.accumulate}"
         )
 
@@ -31,28 +33,35 @@ class Setting(NamedTuple):
 def settings(config: Any, devices: int) -> Iterator[list[Setting]]:
     """For each mesh the settings from the fastest to the leanest: recomputation costs most.
 
-    Meshes: parameters and moments whole on every device, and split over all of up to eight.
+    Meshes: parameters and moments whole on every device, and split over all of up to eight. Where
+    there are fewer videos than devices to deal them out to, `mesh.model` is raised.
 
     Raises:
         UserError: `mesh.model` does not fit the devices.
     """
-    left, parts = _left_and_parts(config, devices)
+    model, left, parts = _shared_left_and_parts(config, devices)
     for fsdp in sorted({1, next(n for n in (8, 4, 2, 1) if left % n == 0)}):
-        yield [Setting(fsdp, remat, part) for remat in REMATS for part in parts]
+        yield [Setting(fsdp, remat, part, model) for remat in REMATS for part in parts]
 
 
 def last_resort(config: Any, devices: int) -> list[Setting]:
     """For where none of `settings` fits: the leanest, split over more than eight, up to all."""
-    left, parts = _left_and_parts(config, devices)
+    model, left, parts = _shared_left_and_parts(config, devices)
     more = [n for n in range(9, left + 1) if left % n == 0]
-    return [Setting(fsdp, REMATS[-1], parts[-1]) for fsdp in more]
+    return [Setting(fsdp, REMATS[-1], parts[-1], model) for fsdp in more]
 
 
-def _left_and_parts(config: Any, devices: int) -> tuple[int, list[int]]:
-    """(devices over which videos are dealt out, parts in which those of one can be worked off)."""
-    left, *_ = sharding.mesh_shape(-1, 1, config.mesh.model, devices)
-    videos = heaviest_source(config)[1].batch_size // left
-    return left, [n for n in range(1, MOST_PARTS + 1) if videos % n == 0]
+def _shared_left_and_parts(config: Any, devices: int) -> tuple[int, int, list[int]]:
+    """`mesh.model`, devices over which videos are dealt out, parts of those of one.
+
+    With fewer videos than devices, the least devices to a video with which it comes out even.
+    """
+    model, videos = config.mesh.model, heaviest_source(config)[1].batch_size
+    left, *_ = sharding.mesh_shape(-1, 1, model, devices)
+    if videos < left:
+        left = next(n for n in range(videos, 0, -1) if left % n == 0 and videos % n == 0)
+        model = devices // left
+    return model, left, [n for n in range(1, MOST_PARTS + 1) if videos // left % n == 0]
 
 
 def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
@@ -70,6 +79,13 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
     last = last_resort(config, len(target.devices))
     most = sum(map(len, [*ladders, last]))
     say(f"at most {most} compilations")
+    for fsdp, _, _, model in (ladder[0] for ladder in ladders):
+        mesh = sharding.make_mesh(-1, fsdp, model, target.devices) if model > 1 else None
+        if mesh and sharding.spans_processes(mesh):
+            say(
+                f"note: with mesh.fsdp={fsdp}, mesh.model={model} shares a video across hosts of "
+                f"{target.name}; several processes refuse that: take more videos or fewer devices"
+            )
     tried: list[tuple[Setting, Report]] = []
     for ladder in [*ladders, last]:
         if ladder is last and any(found["fits"] for _, found in tried):
@@ -81,7 +97,8 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
             say(f"  {words(found)}")
             if found["fits"]:
                 break
-    tried.sort(key=lambda item: rank(*item))
+    timed = not any(found["fits"] and found["kernels_without_estimate"] for _, found in tried)
+    tried.sort(key=lambda item: rank(*item, timed))
     best, report = tried[0]
     if not report["fits"]:
         raise UserError(
@@ -94,22 +111,23 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
     return {"flags": best.flags(), "settings": reports}
 
 
-def rank(setting: Setting, found: Report) -> tuple:
-    """Sorts the best first: what fits by estimated seconds, else by the rule.
+def rank(setting: Setting, found: Report, timed: bool) -> tuple:
+    """Sorts the best first: what fits by estimated seconds, if all are `timed`, else by the rule.
 
-    The rule, where the compiler estimates no time: least recomputation, then fewest bytes sent,
-    then fewest parts. What does not fit comes last, the leanest first.
+    The rule: least recomputation, then fewest bytes sent, then fewest parts. It holds where the
+    compiler estimates no time, or not that of kernels: a setting that runs these once more would
+    look too fast. What does not fit comes last, the leanest first.
     """
     sent = sum(row["bytes"] for row in (found["collectives"] or {}).values())
     rule = (REMATS.index(setting.remat), sent, setting.accumulate)
     if not found["fits"]:
         return (1, found["peak_bytes"])
-    return (0, found["estimated_seconds"] or 0.0, rule)
+    return (0, found["estimated_seconds"] or 0.0 if timed else 0.0, rule)
 
 
 def _with(config: Any, setting: Setting) -> Any:
     copy = config.copy_and_resolve_references().unlock()
-    copy.mesh.data, copy.mesh.fsdp = -1, setting.fsdp
+    copy.mesh.data, copy.mesh.fsdp, copy.mesh.model = -1, setting.fsdp, setting.model
     copy.train.remat, copy.train.accumulate = setting.remat, setting.accumulate
     return copy.lock()
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from sam2_jax.rules import nearest
@@ -121,6 +120,8 @@ def answering_for(device: Any) -> Iterator[None]:
     if not re.fullmatch(r"\d+\.\d+", found):
         yield
         return
+    # Private, hence only where it is needed: training imports this module
+    from jax._src.cudnn import fused_attention_stablehlo
 
     def version(capability: str) -> tuple[int, ...]:
         return tuple(map(int, capability.split(".")))

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, Key, PRNGKeyArray
 
 from sam2_jax import lora, optim, partition, prompts, rules, sharding
+from sam2_jax.products import multiplying
 from sam2_jax.types import Array, Batch, PromptPlan
 from sam2_jax.updates import UpdateState
 
@@ -178,6 +179,7 @@ def make_train_step(
         metrics, grads = on_devices(learnt, constant, batch, keys, plan, objects)
         return metrics, pull(wide(grads))[0]
 
+    @multiplying(precision)
     def train_step(state: State, batch: Batch, run_key: RandomKey) -> tuple[State, Metrics]:
         plan_key, loss_key = jax.random.split(jax.random.fold_in(run_key, state.step))
         plan = sample_plan(plan_key, batch.images.shape[1])

@@ -88,12 +88,13 @@ def validate(
     """
     row: dict[str, float] = {}
     copies = _copies(params)
+    tracker = _tracker(model, config.train.precision)
     for chosen in sets:
         for number, prompt in enumerate(config.eval.prompts):
             sheet = plots.Sheet(_share(config, chosen)[:SHOWN])
             predictors = [
                 evaluate.tracker_predictor(
-                    _tracker(model), copy, config.model.resolution, prompt, sheet.note
+                    tracker, copy, config.model.resolution, prompt, sheet.note
                 )
                 for copy in copies
             ]
@@ -176,6 +177,6 @@ def _copies(params: Any) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=4)
-def _tracker(model: Any) -> video.Tracker:
-    """One tracker per model, so that a later evaluation finds its programs compiled."""
-    return video.make_tracker(model)
+def _tracker(model: Any, precision: str) -> video.Tracker:
+    """One for each model and precision: a later evaluation finds its programs compiled."""
+    return video.make_tracker(model, precision=precision)

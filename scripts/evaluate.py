@@ -76,6 +76,14 @@ def model_of_run(path: pathlib.Path, found: pathlib.Path) -> Sam2:
         ) from e
 
 
+def precision_of(path: pathlib.Path) -> str:
+    """The `train.precision` of the run that a checkpoint belongs to; "" of a file of weights."""
+    found = initial.find_params(path, key="--checkpoint")
+    where = None if found.is_file() else initial.config_beside(found)
+    config = resume.read_config(where) if where else None
+    return (config or {}).get("train", {}).get("precision", "")
+
+
 class Writer:
     """Writes every predicted frame as an image of object ids, named after the true mask's file.
 
@@ -145,7 +153,8 @@ def main(argv: list[str]) -> None:
         sheet.watch(view)
         write(view)
 
-    predict = evaluate.tracker_predictor(make_tracker(model), params, model.resolution)
+    tracker = make_tracker(model, precision=precision_of(args.checkpoint))
+    predict = evaluate.tracker_predictor(tracker, params, model.resolution)
     results = evaluate.evaluate(predict, source, watch=watch, progress=True)
     part = args.output / "results.json.tmp"
     part.write_text(json.dumps(report(results), indent=2) + "\n")

@@ -160,12 +160,14 @@ def test_a_report_without_a_program_has_the_same_rows(monkeypatch):
     assert "20.50 GiB" in suggest.report_table(found)
 
 
-def made_up(need):
-    """A report of memory alone, by a function of the config."""
+def made_up(need, **more):
+    """A report of memory alone, by a function of the config; others give more rows."""
 
     def report(config, target, count_work):
         peak = need(config)
         base = {"hbm_bytes": 50, "estimated_seconds": None, "collectives": {}}
+        base["kernels_without_estimate"] = 0
+        base |= {name: tell(config) for name, tell in more.items()}
         return base | {"peak_bytes": peak, "fits": peak <= target.usable_bytes}
 
     return report
@@ -216,6 +218,53 @@ def test_search_ranks_what_fits(monkeypatch):
     assert [row["fits"] for row in found["settings"]] == [True, True, False, False, False]
     with pytest.raises(UserError, match="nothing fits.*train.segment"):
         suggest.search(small_config(fsdp=1), target._replace(usable_bytes=5), said.append)
+
+
+@pytest.mark.parametrize("kernels", [0, 12])
+def test_an_estimate_without_its_kernels_ranks_nothing(monkeypatch, kernels):
+    """Whole, parameters leave room for `full` alone; split, for `frame`, which is said to be slow.
+
+    It runs the kernels once less than `full`; their time is in neither estimate.
+    """
+    need = {(1, "full"): 30, (4, "frame"): 40}
+    report = made_up(
+        lambda c: need.get((c.mesh.fsdp, c.train.remat), 100),
+        estimated_seconds=lambda c: {"none": 3.0, "frame": 2.0, "full": 1.0}[c.train.remat],
+        kernels_without_estimate=lambda c: kernels * (1 + (c.train.remat == "full")),
+    )
+    monkeypatch.setattr(compiled, "report", report)
+    target = topology.open_target(f"cpu:{DEVICES}")._replace(hbm_bytes=50, usable_bytes=50)
+    found = suggest.search(small_config(fsdp=1), target, lambda text: None)
+    assert f"remat={'frame' if kernels else 'full'}" in found["flags"]
+
+
+@pytest.mark.parametrize(
+    ("videos", "given", "model"), [(4, 1, 1), (8, 1, 1), (2, 1, 2), (1, 1, 4), (2, 2, 2), (3, 1, 4)]
+)
+def test_devices_share_videos_where_these_are_fewer(monkeypatch, videos, given, model):
+    config = small_config(fsdp=1, **{"data.batch_size": videos, "mesh.model": given})
+    ladders = [*suggest.settings(config, DEVICES), suggest.last_resort(config, DEVICES)]
+    found = [setting for ladder in ladders for setting in ladder]
+    assert {setting.model for setting in found} == {model}
+    assert all(videos // (DEVICES // model) % setting.accumulate == 0 for setting in found)
+    asked = []
+    monkeypatch.setattr(compiled, "report", made_up(lambda c: asked.append(c.mesh) or 1))
+    target = topology.open_target(f"cpu:{DEVICES}")._replace(hbm_bytes=50, usable_bytes=50)
+    flags = suggest.search(config, target, lambda text: None)["flags"]
+    assert (f"--config.mesh.model={model}" in flags) == (model > 1)
+    for mesh in asked:
+        mesh = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.model, target.devices)
+        sharding.check_batch_size(videos, mesh)
+
+
+def test_videos_that_hosts_would_share_are_told(monkeypatch):
+    config, said = small_config(fsdp=1, **{"data.batch_size": 1}), []
+    monkeypatch.setattr(compiled, "report", made_up(lambda c: 1))
+    target = topology.open_target(f"cpu:{DEVICES}")._replace(hbm_bytes=50, usable_bytes=50)
+    for spans in (False, True):
+        monkeypatch.setattr(sharding, "spans_processes", lambda mesh, spans=spans: spans)
+        suggest.search(config, target, said.append)
+        assert any("mesh.model=4 shares a video across hosts" in line for line in said) == spans
 
 
 def test_the_memory_of_a_cpu_is_not_known():

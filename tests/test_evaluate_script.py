@@ -72,7 +72,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def static_tracker(model) -> video.Tracker:
+def static_tracker(model, precision="") -> video.Tracker:
     """Tracks nothing, at a precision of four pixels."""
 
     def low(masks):

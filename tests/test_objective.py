@@ -13,7 +13,7 @@ from sam2_jax.encode import Shared
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.types import Batch
 
-SIDE, FRAMES, OBJECTS = 64, 4, 2
+SIDE, FRAMES, OBJECTS = 64, 4, 3  # two devices cannot share three objects evenly
 KEY = jax.random.key(3)
 # Of the gradient's norm; float32 sums in another order, through four frames
 CLOSE = 1e-4
@@ -40,7 +40,7 @@ def batch() -> Batch:
     images = rng.integers(0, 255, (1, FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
     masks = np.zeros((1, FRAMES, OBJECTS, SIDE, SIDE), bool)
     for t, o in np.ndindex(FRAMES, OBJECTS):
-        masks[0, t, o, 4 + 24 * o + t : 24 + 24 * o + t, 6 + 2 * t : 30 + 2 * t] = True
+        masks[0, t, o, 4 + 20 * o + t : 20 + 20 * o + t, 6 + 2 * t : 30 + 2 * t] = True
     return Batch(images, masks, np.ones((1, OBJECTS), bool))
 
 
@@ -62,13 +62,17 @@ def value_and_grad(model, params, batch, **how):
         def summed(batch):
             return jax.lax.psum(alone(batch), sharding.AXES)
 
-        both = jax.shard_map(
+        on_devices = jax.shard_map(
             summed,
             mesh=mesh,
             in_specs=(sharding.shares(),),
             out_specs=PartitionSpec(),
             check_vma=False,
         )
+
+        def both(batch):
+            return on_devices(sharding.pad_objects(batch, mesh))
+
     return jax.device_get(jax.jit(both)(batch))
 
 

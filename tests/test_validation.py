@@ -15,13 +15,14 @@ from tests.test_evaluate import RESOLUTION, FakeTracker, Squares
 @pytest.fixture
 def fake(monkeypatch):
     tracker = FakeTracker(lambda t, first, truth: truth)
-    monkeypatch.setattr(validation, "_tracker", lambda model: tracker.tracker())
+    monkeypatch.setattr(validation, "_tracker", lambda model, precision: tracker.tracker())
     return tracker
 
 
 def config(**changes):
     settings = {"max_clips": 1, "max_frames": 6, "prompts": ("mask",)} | changes
-    return ml_collections.ConfigDict({"model": {"resolution": RESOLUTION}, "eval": settings})
+    rest = {"model": {"resolution": RESOLUTION}, "train": {"precision": "float32"}}
+    return ml_collections.ConfigDict(rest | {"eval": settings})
 
 
 def sharded_params():

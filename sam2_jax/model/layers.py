@@ -97,8 +97,13 @@ class Conv(nn.Module):
         Where `first` widens what this one narrows, a fraction of the work and of the memory.
         """
         kernel, bias = self.weights(first.features)
+        # In full: the composed kernel is rounded once, as each of the two would be
         wide, wide_bias = (
-            y.astype(jnp.float32) @ kernel[0, 0].astype(jnp.float32)
+            jnp.matmul(
+                y.astype(jnp.float32),
+                kernel[0, 0].astype(jnp.float32),
+                precision=jax.lax.Precision.HIGHEST,
+            )
             for y in first.weights(x.shape[-1])
         )
         bias = (wide_bias + bias).astype(kernel.dtype)

@@ -15,6 +15,7 @@ from sam2_jax import memory
 from sam2_jax.decode import Inference, Prompt, Tracking, Visit
 from sam2_jax.encode import encode_frames
 from sam2_jax.model.sam2 import Sam2
+from sam2_jax.products import multiplying
 from sam2_jax.prompts import centre_click, noisy_box
 from sam2_jax.track import empty_bank, visit_frame
 from sam2_jax.types import Array, Bank
@@ -43,7 +44,7 @@ class Tracker(NamedTuple):
     next: Callable[..., tuple[Tracked, Float[Array, "o h w"]]]
 
 
-def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
+def make_tracker(model: Sam2, inference: Inference = PLAIN, precision: str = "") -> Tracker:
     """Tracking from a first frame: it is given masks or points, `next` finds them on the others.
 
     `first(params, image, masks, num_frames)`, `first_points(params, image, points, labels,
@@ -55,7 +56,7 @@ def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
     uint8 (h, w, 3) at the model's resolution, masks boolean (o, h, w); points (o, p, 2) are x, y in
     pixels of the model's input, labels (o, p) are 1 on the object, 0 beside it, 2 and 3 for the
     corners of a box, which come first. `num_frames` is the length of
-    the clip.
+    the clip. With `precision` "float32" accelerators multiply in full; see `multiplying`.
 
     One program per number of objects serves all frames, another the points: nearly all frames have
     all the memories there can be, so that programs for fewer would cost more to compile than they
@@ -77,6 +78,7 @@ def make_tracker(model: Sam2, inference: Inference = PLAIN) -> Tracker:
             inference=inference,
         )
 
+    @multiplying(precision)
     def visit(params, state: Tracked, image, masks, is_cond, from_mask, prompt=None, clicks=0):
         tracking = make_tracking(params, clicks)
         key, zero = jax.random.key(0), jnp.zeros((), jnp.int32)  # nothing is drawn
