@@ -4,11 +4,12 @@
     python -m tests.kills --kills=5 --steps=60 --folder=/tmp/kills
 
 Nano in float32 on the CPU, with worker processes, a moving average, evaluations, and checkpoints
-every few steps, written in the background. Three kills in four fall at random between a start's
-first step and twice its share of the run, among steps, evaluations and saves; the others while it
-starts. After each every checkpoint that is there is read whole and its sums are compared. A line is
-printed for each kill. Exit status 1 if a checkpoint cannot be read, or a row of the metrics or a
-final parameter differs in a bit from those of the run that was left alone.
+every few steps, written in the background. Three kills in four fall at random within some seconds
+(--within; else twice its share of the run) of a start's first step, among steps, evaluations and
+saves; the others while it starts. After each every checkpoint that is there is read whole and its
+sums are compared. A line is printed for each kill. Exit status 1 if a checkpoint cannot be read, or
+a row of the metrics or a final parameter differs in a bit from those of the run that was left
+alone.
 """
 
 import argparse
@@ -88,14 +89,14 @@ def wait_for_row(workdir: pathlib.Path, process: subprocess.Popen) -> float:
     return time.monotonic()
 
 
-def kill_one(workdir: pathlib.Path, steps: int, draw: random.Random, share: float) -> str:
+def kill_one(workdir: pathlib.Path, steps: int, draw: random.Random, within: float) -> str:
     """Starts the run, kills it and says when, or that it came to its end."""
     process = start(workdir, steps)
     if draw.random() < 0.25:
         wait, when = draw.uniform(0, START), "after the start"
     else:
         wait_for_row(workdir, process)
-        wait, when = draw.uniform(0, 2 * share), "after the first step"
+        wait, when = draw.uniform(0, within), "after the first step"
     try:
         process.wait(wait)
     except subprocess.TimeoutExpired:
@@ -112,6 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--within", type=float, default=0.0, help="seconds")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     parser.add_argument("--folder", type=pathlib.Path, help="for the runs; kept if given")
     args = parser.parse_args()
@@ -124,11 +126,12 @@ def main() -> int:
         began = wait_for_row(alone, process)
         if process.wait():
             raise RuntimeError(processes.log_of(alone, 0).read_text())
-        share = (time.monotonic() - began) / args.kills
-        print(f"left alone: {args.steps} steps in {share * args.kills:.1f} s", flush=True)
+        seconds = time.monotonic() - began
+        within = args.within or 2 * seconds / args.kills
+        print(f"left alone: {args.steps} steps in {seconds:.1f} s", flush=True)
         kills, when = 0, "-"
         while when and kills < args.kills:
-            when = kill_one(killed, args.steps, draw, share)
+            when = kill_one(killed, args.steps, draw, within)
             if when:
                 kills += 1
                 there = checkpoint.steps_of(killed)
