@@ -134,7 +134,7 @@ def _of_source(config: Any, source: Any, mesh: Mapping[str, int]) -> Estimate:
     held = segment if 0 < segment < frames else frames  # tracked at a time
     # What the backward pass of one frame, or of all at once, has in memory
     encoded = 1 if remat == "full" else -(-held // mesh["model"])
-    # The loops keep the bank for every frame and every segment that they will compute again
+    # The loops keep the bank of every visit and of every segment
     kept = held + (frames // held if held < frames else 0)
     slots = min(frames, WINDOW + config.prompts.max_cond_frames)
     tokens, v = (side // 16) ** 2, VARIANTS[config.model.variant]

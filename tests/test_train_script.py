@@ -6,6 +6,7 @@ import importlib.util
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -121,7 +122,7 @@ def test_weights_are_checked_before_the_run(script, tmp_path, version):
 
 
 @pytest.fixture
-def started(script, tmp_path, monkeypatch) -> Any:
+def started(script, tmp_path, monkeypatch) -> Iterator[list]:
     """The runs that `main` starts to train in tmp_path/run; nothing of them is made."""
     runs = []
     monkeypatch.setattr(cluster, "agree", lambda *args: None)
