@@ -120,12 +120,6 @@ def check_optim(config: Config) -> None:
             "lora.rules adapts weights that there are: give them as checkpoint.init_from, or leave "
             "lora.rules empty to train from random ones"
         )
-    warmup, steps = config.optim.warmup_steps, config.train.steps
-    if warmup and warmup >= steps:
-        raise UserError(
-            f"optim.warmup_steps={warmup} must be less than train.steps={steps}, else no step has "
-            f"the learning rate that is set: take {steps // 10}, or more steps"
-        )
 
 
 def check_train(config: Config) -> None:

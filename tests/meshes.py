@@ -61,7 +61,7 @@ def go_on(workdir: pathlib.Path, mesh: str, steps: int, until: int) -> None:
     """Trains on a mesh, from what `workdir` holds, to the end or until so many steps are done."""
     count, data, fsdp, model = parse(mesh)
     axes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.model": model}
-    settings = SETTINGS | axes | {"train.steps": steps, "optim.warmup_steps": steps // 2}
+    settings = SETTINGS | axes | {"train.steps": steps}
     arguments = ["--config=configs/smoke.py"]
     arguments += [f"--config.{key}={value}" for key, value in settings.items()]
     if until == steps:

@@ -29,7 +29,6 @@ SMALL = {
     "prompts.prob_points": 0.0,
     "train.precision": "float32",
     "train.steps": STEPS,
-    "optim.warmup_steps": STEPS - 1,
     "train.log_every": 1,
     "checkpoint.every_steps": 2,
     "mesh.fsdp": 2,
