@@ -100,6 +100,7 @@ def test_what_is_evaluated_is_what_is_written(monkeypatch, tmp_path):
     monkeypatch.setattr(preparing.validation, "_evaluate", lambda *args: found)
     monkeypatch.setattr(preparing.validation, "_draw", lambda *args: None)
     monkeypatch.setattr(preparing.validation, "_copies", lambda params: [])
+    monkeypatch.setattr(preparing.validation, "_tracker", lambda *args: None)
     chosen = sets("", "far")
     row = preparing.validation.validate(config, None, chosen, tmp_path, None, 1)
     names = preparing.evaluated(config, chosen)
