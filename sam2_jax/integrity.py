@@ -122,7 +122,7 @@ def damaged(folder: pathlib.Path, what: str) -> UserError:
         return UserError(f"{found}: take another folder, or put a whole copy in its place")
     others = [int(p.name) for p in step.parent.iterdir() if p.name.isdigit()]
     earlier = [n for n in others if n < int(step.name)]
-    if max(others) > int(step.name):
+    if max(others, default=0) > int(step.name):
         mend = f"delete {step}, which is not the last one, and start again"
     elif earlier:
         mend = f"delete {step} and start again to go on from the checkpoint of step {max(earlier)}"
