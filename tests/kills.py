@@ -6,9 +6,10 @@
 Nano in float32 on the CPU, with worker processes, a moving average, evaluations, and checkpoints
 every few steps, written in the background. Three kills in four fall at random within some seconds
 (--within; else twice its share of the run) of a start's first step, among steps, evaluations and
-saves; the others while it starts. After each every checkpoint that is there is read whole and its
-sums are compared. A line is printed for each kill. Exit status 1 if a checkpoint cannot be read, or
-a row of the metrics or a final parameter differs in a bit from those of the run that was left
+saves; the others while it starts. After every fifth kill a start is asked to end instead, with all
+its processes, as schedulers do (SIGTERM). After each every checkpoint that is there is read whole
+and its sums are compared. A line is printed for each. Exit status 1 if a checkpoint cannot be read,
+or a row of the metrics or a final parameter differs in a bit from those of the run that was left
 alone.
 """
 
@@ -17,6 +18,7 @@ import functools
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sam2_jax import arrays, checkpoint, integrity
+from sam2_jax import arrays, checkpoint, integrity, stopping
 from tests import processes
 
 EVALUATED, SAVED = 40, 8  # steps from one to the next
@@ -46,6 +48,7 @@ SETTINGS = {
     "train.eval_every": EVALUATED,
     "checkpoint.every_steps": SAVED,
 }
+ASKED = 5  # kills after which one start is asked to end
 START = 10.0  # seconds in which a kill may fall while a run starts
 POLL = 0.05
 
@@ -74,7 +77,8 @@ def start(workdir: pathlib.Path, steps: int) -> subprocess.Popen:
     """The run, from whatever `workdir` holds."""
     flags = {"train.steps": steps, **SETTINGS}
     arguments = [f"--config.{key}={value}" for key, value in flags.items()]
-    return processes.start(workdir, 1, 1, ["--config=configs/smoke.py", *arguments])[0]
+    given = ["--config=configs/smoke.py", *arguments]
+    return processes.start(workdir, 1, 1, given, start_new_session=True)[0]
 
 
 def wait_for_row(workdir: pathlib.Path, process: subprocess.Popen) -> float:
@@ -89,8 +93,10 @@ def wait_for_row(workdir: pathlib.Path, process: subprocess.Popen) -> float:
     return time.monotonic()
 
 
-def kill_one(workdir: pathlib.Path, steps: int, draw: random.Random, within: float) -> str:
-    """Starts the run, kills it and says when, or that it came to its end."""
+def kill_one(
+    workdir: pathlib.Path, steps: int, draw: random.Random, within: float, ask: bool
+) -> str:
+    """Starts the run, kills it or asks it to end, and says when; nothing if it came to its end."""
     process = start(workdir, steps)
     if draw.random() < 0.25:
         wait, when = draw.uniform(0, START), "after the start"
@@ -100,9 +106,14 @@ def kill_one(workdir: pathlib.Path, steps: int, draw: random.Random, within: flo
     try:
         process.wait(wait)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return f"{wait:.2f} s {when}"
+        if ask:
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.kill()
+        code = process.wait()
+        if ask and code not in (0, stopping.STOPPED):
+            raise RuntimeError(processes.log_of(workdir, 0).read_text()) from None
+        return f"{'asked to end' if ask else 'killed'} {wait:.2f} s {when}"
     if process.returncode:
         raise RuntimeError(processes.log_of(workdir, 0).read_text())
     return ""
@@ -129,16 +140,19 @@ def main() -> int:
         seconds = time.monotonic() - began
         within = args.within or 2 * seconds / args.kills
         print(f"left alone: {args.steps} steps in {seconds:.1f} s", flush=True)
-        kills, when = 0, "-"
+        kills, asked, when = 0, 0, "-"
         while when and kills < args.kills:
-            when = kill_one(killed, args.steps, draw, within)
+            ask = asked < kills // ASKED
+            when = kill_one(killed, args.steps, draw, within, ask)
             if when:
-                kills += 1
+                kills, asked = kills + (not ask), asked + ask
                 there = checkpoint.steps_of(killed)
                 for step in there:
                     read_whole(killed / checkpoint.CHECKPOINTS / str(step))
                 done = len(processes.rows(killed))
-                print(f"kill {kills}: {when}, {done} rows, checkpoints {there} whole", flush=True)
+                print(
+                    f"{kills + asked}: {when}, {done} rows, checkpoints {there} whole", flush=True
+                )
         code = start(killed, args.steps).wait()
         if code:
             raise RuntimeError(processes.log_of(killed, 0).read_text())
@@ -146,7 +160,8 @@ def main() -> int:
         last = [read_whole(x / checkpoint.CHECKPOINTS / str(args.steps)) for x in (killed, alone)]
     same_rows = rows[0] == rows[1]
     same_arrays = jax.tree.all(jax.tree.map(np.array_equal, *last))
-    print(f"{kills} kills; {len(rows[1])} rows: {'identical' if same_rows else 'DIFFERENT'}")
+    print(f"killed {kills} times, asked to end {asked} times")
+    print(f"{len(rows[1])} rows of metrics: {'identical' if same_rows else 'DIFFERENT'}")
     print(f"parameters, optimizer, average: {'identical' if same_arrays else 'DIFFERENT'}")
     return int(not (same_rows and same_arrays and kills == args.kills))
 

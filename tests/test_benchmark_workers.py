@@ -28,6 +28,7 @@ from sam2_jax.model.variants import VARIANTS
 
 SIZES = ["--variant=nano", "--resolution=32", "--threads=2"]
 MIB = 2**20
+# Those that start processes too run where all can: they take minutes
 NEEDED = pytest.mark.skipif(bool(reference.missing()), reason="the reference is not installed")
 
 
@@ -49,6 +50,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@NEEDED
 def test_a_step(cached, monkeypatch, path, capsys):
     monkeypatch.setattr(step, "count", lambda *_: {})  # see test_benchmark_work.py
     flags = ["--frames=1", "--objects=1", "--plans=point11", "--repeats=1", "--reference=no"]
@@ -62,6 +64,7 @@ def test_a_step(cached, monkeypatch, path, capsys):
     assert found["reference_seconds"] is None and found["memory_ratio"] is None
 
 
+@NEEDED
 def test_inference(cached, path):
     flags = [f"--frames={inference.FILLING + 3}", "--objects=1", "--repeats=1", "--reference=no"]
     inference.run([*SIZES, *flags, f"--json={path}"])
@@ -73,6 +76,7 @@ def test_inference(cached, path):
     assert 100 * MIB < found["peak_bytes"] < 2**34 and found["reference_seconds"] is None
 
 
+@NEEDED
 def test_the_time_to_the_first_step(cached, monkeypatch, path):
     """Of one process, which finds what it compiles in the tests' cache: cold it takes a minute."""
     first_step, answers = compiling.first_step, []
@@ -96,6 +100,7 @@ def test_the_time_to_the_first_step(cached, monkeypatch, path):
         assert peaks["import"] > 50 * MIB
 
 
+@NEEDED
 def test_the_loop(cached, path):
     """In a process of its own: it keeps to so many cores, and to one device."""
     script = workers.ROOT / "scripts" / "benchmark.py"
@@ -144,7 +149,7 @@ def test_nothing_is_unpickled(tmp_path):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_reference_computes_in_the_precision_asked_for(tmp_path, monkeypatch, precision):
     """As its trainer on its device: model and losses under autocast, parameters in float32."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(1)
     monkeypatch.setattr(serving, "use_threads", lambda threads: None)

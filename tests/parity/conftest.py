@@ -22,6 +22,20 @@ collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
 close = compare.close
 
 
+def pytest_sessionfinish(session):
+    """What a worker of pytest-xdist found goes to the process that started it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["parity"] = {k: tuple(x) for k, x in compare.WORST.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for part, (error, noise, tolerance) in (
+        getattr(node, "workeroutput", {}).get("parity", {}).items()
+    ):
+        compare.record(part, error, tolerance, noise)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Largest error of every part, relative to the largest number in it."""
     if not compare.WORST:
