@@ -17,7 +17,6 @@ from jaxtyping import Int, Key, PRNGKeyArray
 from sam2_jax import lora, optim, partition, prompts, rules, sharding
 from sam2_jax.products import multiplying
 from sam2_jax.types import Array, Batch, PromptPlan
-from sam2_jax.updates import UpdateState
 
 Params = Any  # nested dict of arrays
 RandomKey = PRNGKeyArray
@@ -185,43 +184,28 @@ def make_train_step(
         plan = sample_plan(plan_key, batch.images.shape[1])
         trained, frozen = split_params(state.params, optimizer)
         metrics, grads = gradients(trained, frozen, batch, plan, loss_key)
-        updates, opt_state = optimizer.tx.update(
-            grads, state.opt_state, trained, active=active(plan)
-        )
-        new = optax.apply_updates(trained, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = jax.tree.map(lambda old, new: old + (1 - ema_decay) * (new - old), ema, new)
-        metrics |= norms("grad_norm", grads) | norms("update_norm", updates)
+        metrics |= norms("grad_norm", grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         if not skip:
             finite &= state.skipped == 0
+        # Where it is not, nothing is active, so that all stays but the counts of steps
+        groups = {name: on & finite for name, on in active(plan).items()}
+        updates, opt_state = optimizer.tx.update(grads, state.opt_state, trained, active=groups)
+        trained = optax.apply_updates(trained, updates)
+        ema = state.ema
+        if ema is not None:
+            share = jnp.where(finite, 1 - ema_decay, 0.0)
+            ema = jax.tree.map(lambda old, new: old + share * (new - old), ema, trained)
+        metrics |= norms("update_norm", updates)
         counted = jnp.where(finite, 0, state.skipped + 1)
         metrics["skipped_in_a_row"] = counted
         metrics["passes"] = prompts.taught_passes(plan)
         for name, schedule in optimizer.schedules.items():
             metrics[name] = jnp.asarray(schedule(state.step))
-        old = (trained, state.opt_state, state.ema)
-        trained, opt_state, ema = choose(finite, (new, opt_state, ema), old)
         step = state.step + (1 if skip else finite.astype(jnp.int32))
         return State(step, partition.join(frozen, trained), opt_state, ema, counted), metrics
 
     return train_step
-
-
-def choose(use: Array, new: Any, old: Any) -> Any:
-    """`new` or `old`, of the same structure; the optimizer's counts of steps go on either way."""
-
-    def is_group(x: Any) -> bool:
-        return isinstance(x, UpdateState)
-
-    def one(a: Any, b: Any) -> Any:
-        if not is_group(a):
-            return jnp.where(use, a, b)
-        leaves = jax.tree.map(lambda x, y: jnp.where(use, x, y), a.leaves, b.leaves)
-        return UpdateState(a.step, leaves)
-
-    return jax.tree.map(one, new, old, is_leaf=is_group)
 
 
 def norms(name: str, tree: Params) -> Metrics:

@@ -1,15 +1,17 @@
-"""From gradients to updates: the clip over all parameters, then each parameter by itself."""
+"""From gradients to updates: the clip over all parameters, then the method of each group."""
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jaxtyping import Int
 
 from sam2_jax.methods import Values
-from sam2_jax.rules import Tree, path_of
+from sam2_jax.rules import Tree, path_of, paths_of
 from sam2_jax.schedules import Schedule
 from sam2_jax.types import Array
 
@@ -18,10 +20,10 @@ Options = Mapping[str, float | Schedule]  # value of every option of a group
 
 
 class UpdateState(NamedTuple):
-    """Of a group: optax's own state of each parameter by itself, with a count where it counts."""
+    """Of a group: optax's own state of those parameters that are active together, by their kind."""
 
     step: Int[Array, ""]  # updates done, which schedules see
-    leaves: Tree
+    kinds: dict[str, Any]  # of each a count of its own, where the method counts
 
 
 def values_at(options: Options, step: int | Array) -> Values:
@@ -48,34 +50,41 @@ def update_leaves(
 ) -> optax.GradientTransformationExtraArgs:
     """-rate * scale * (direction + decay * parameter) for a group; decay is decoupled.
 
-    The direction is taken of each parameter by itself: where `active[activity_of[path]]`
-    (`active` is an argument of `update`) is False, value, moments and count stay as they are,
-    whatever the method.
+    Where `active[activity_of[path]]` (`active` is an argument of `update`) is False, value, moments
+    and count stay as they are, whatever the method.
     """
+
+    def by_kind(tree: Tree) -> dict[str, Tree]:
+        flat: dict[str, dict[tuple[str, ...], Array]] = {}
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            path = path_of(keys)
+            flat.setdefault(activity_of[path], {})[tuple(path.split("/"))] = leaf
+        return {kind: traverse_util.unflatten_dict(leaves) for kind, leaves in flat.items()}
 
     def init(params: Tree) -> UpdateState:
         begin = direction(values_at(options, 0)).init
-        return UpdateState(jnp.zeros((), jnp.int32), jax.tree.map(begin, params))
+        kinds = {kind: begin(tree) for kind, tree in by_kind(params).items()}
+        return UpdateState(jnp.zeros((), jnp.int32), kinds)
 
     def update(updates, state, params=None, **extra):
-        active = extra["active"]
         values = values_at(options, state.step)
         transform = direction(values)
-
-        def leaf(keys, grad, kept, param):
-            path = path_of(keys)
-            step, new = transform.update(grad, kept, param)
-            rate = values["learning_rate"] * scales[path]
-            on = jnp.asarray(active[activity_of[path]])
-            step = jnp.where(on, -rate * (step + values["weight_decay"] * param), 0.0)
-            return step, jax.tree.map(lambda a, b: jnp.where(on, a, b), new, kept)
-
-        grads, tree = jax.tree_util.tree_flatten_with_path(updates)
-        kept, old = tree.flatten_up_to(state.leaves), tree.flatten_up_to(params)
-        both = [
-            leaf(keys, grad, *rest) for (keys, grad), *rest in zip(grads, kept, old, strict=True)
-        ]
-        steps, leaves = zip(*both, strict=True) if both else ((), ())
-        return tree.unflatten(steps), UpdateState(state.step + 1, tree.unflatten(leaves))
+        kept = by_kind(params)
+        steps: dict[str, Array] = {}
+        kinds = {}
+        for kind, grads in by_kind(updates).items():
+            on = jnp.asarray(extra["active"][kind])
+            old = state.kinds[kind]
+            directions, new = transform.update(grads, old, kept[kind])
+            kinds[kind] = jax.tree.map(functools.partial(jnp.where, on), new, old)
+            both = zip(
+                paths_of(grads), *map(jax.tree.leaves, (directions, kept[kind])), strict=True
+            )
+            for path, step, param in both:
+                rate = values["learning_rate"] * scales[path]
+                step = -rate * (step + values["weight_decay"] * param)
+                steps[path] = jnp.where(on, step, 0.0)
+        tree = jax.tree_util.tree_map_with_path(lambda keys, _: steps[path_of(keys)], updates)
+        return tree, UpdateState(state.step + 1, kinds)
 
     return optax.GradientTransformationExtraArgs(init, update)
