@@ -1,5 +1,6 @@
 """Batches from a position of a stream on: threads or worker processes that make them."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -18,6 +20,8 @@ from sam2_jax.types import Batch, UserError
 # would hold 12 GB of 8-frame clips of 1024 pixels.
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 POLL = 2.0  # seconds between a worker's looks at its trainer
+# What all processes of a run get: from a terminal Ctrl-C, from a scheduler SIGTERM
+OF_TRAINER = (signal.SIGINT, signal.SIGTERM)
 
 
 def end_with_trainer(index: int, count: int) -> None:
@@ -39,12 +43,25 @@ def end_with_trainer(index: int, count: int) -> None:
 def begin_worker(index: int, count: int) -> None:
     """Leave signals that all processes of a run get to the trainer, and end with it.
 
-    A terminal sends Ctrl-C to all, a scheduler its SIGTERM. The trainer still wants batches then:
-    it lets the step end, and saves.
+    The trainer still wants batches then: it lets the step end, and saves.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in OF_TRAINER:
         signal.signal(number, signal.SIG_IGN)
     end_with_trainer(index, count)
+
+
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+    """Processes that this thread starts within it have those signals held back from their birth.
+
+    `begin_worker` comes only once a worker has imported what it needs, seconds later.
+    """
+    resource_tracker.ensure_running()  # which lets signals through again once it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_TRAINER)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Loader(Iterator[Batch]):
@@ -74,9 +91,10 @@ class Loader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         """The next batch. Its arrays may lie in shared memory: copy what is kept."""
-        if self._batches is None:
-            self._batches = iter(self._open())
-        batch = next(self._batches)
+        with starting_workers():
+            if self._batches is None:
+                self._batches = iter(self._open())
+            batch = next(self._batches)
         self._position += 1
         return batch
 

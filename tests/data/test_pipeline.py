@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -377,12 +378,23 @@ def test_workers_end_with_a_killed_trainer():
     assert not survived
 
 
-def test_ctrl_c_in_a_terminal_ends_no_worker():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_ends_no_worker(number):
+    """Not at its birth, when it has not come to ignoring signals yet, and not later."""
+
+    def send() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.001)
+        os.kill(workers[0].pid or 0, number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
     stream = loader(config(workers=1))
     next(stream)
+    sender.join()
     (worker,) = multiprocessing.active_children()
     assert worker.pid
-    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, number)
     worker.join(3)
     assert worker.is_alive()
     stream.close()
