@@ -8,12 +8,13 @@ every few steps, written in the background. Three kills in four fall at random w
 (--within; else twice its share of the run) of a start's first step, among steps, evaluations and
 saves; the others while it starts. After every fifth kill a start is asked to end instead, with all
 its processes, as schedulers do (SIGTERM). After each every checkpoint that is there is read whole
-and its sums are compared. A line is printed for each. Exit status 1 if a checkpoint cannot be read,
-or a row of the metrics or a final parameter differs in a bit from those of the run that was left
-alone.
+and its sums are compared. A run that ends before all kills is followed by another. Exit status 1
+if a checkpoint cannot be read, or a row of the metrics or a final parameter differs in a bit from
+those of the run that was left alone.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import pathlib
@@ -119,6 +120,14 @@ def kill_one(
     return ""
 
 
+@dataclasses.dataclass
+class Count:
+    """How often a run was interrupted so far."""
+
+    kills: int = 0
+    asked: int = 0
+
+
 def main() -> int:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
@@ -132,7 +141,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or pathlib.Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        alone, killed = folder / "alone", folder / "killed"
+        alone = folder / "alone"
         process = start(alone, args.steps)
         began = wait_for_row(alone, process)
         if process.wait():
@@ -140,30 +149,45 @@ def main() -> int:
         seconds = time.monotonic() - began
         within = args.within or 2 * seconds / args.kills
         print(f"left alone: {args.steps} steps in {seconds:.1f} s", flush=True)
-        kills, asked, when = 0, 0, "-"
-        while when and kills < args.kills:
-            ask = asked < kills // ASKED
-            when = kill_one(killed, args.steps, draw, within, ask)
-            if when:
-                kills, asked = kills + (not ask), asked + ask
-                there = checkpoint.steps_of(killed)
-                for step in there:
-                    read_whole(killed / checkpoint.CHECKPOINTS / str(step))
-                done = len(processes.rows(killed))
-                print(
-                    f"{kills + asked}: {when}, {done} rows, checkpoints {there} whole", flush=True
-                )
-        code = start(killed, args.steps).wait()
-        if code:
-            raise RuntimeError(processes.log_of(killed, 0).read_text())
-        rows = [processes.rows(x) for x in (killed, alone)]
-        last = [read_whole(x / checkpoint.CHECKPOINTS / str(args.steps)) for x in (killed, alone)]
+        count, differ, runs = Count(), False, 0
+        while count.kills < args.kills:
+            runs += 1
+            killed = folder / f"killed{runs}"
+            while count.kills < args.kills and interrupt(killed, args.steps, draw, within, count):
+                pass
+            code = start(killed, args.steps).wait()
+            if code:
+                raise RuntimeError(processes.log_of(killed, 0).read_text())
+            differ |= compare(killed, alone, args.steps)
+    print(f"killed {count.kills} times, asked to end {count.asked} times, in {runs} runs")
+    return int(differ)
+
+
+def interrupt(
+    killed: pathlib.Path, steps: int, draw: random.Random, within: float, count: Count
+) -> bool:
+    """One more kill or request, after which all checkpoints are read; False if the run ended."""
+    ask = count.asked < count.kills // ASKED
+    when = kill_one(killed, steps, draw, within, ask)
+    if when:
+        count.kills, count.asked = count.kills + (not ask), count.asked + ask
+        there = checkpoint.steps_of(killed)
+        for step in there:
+            read_whole(killed / checkpoint.CHECKPOINTS / str(step))
+        found = f"{len(processes.rows(killed))} rows, checkpoints {there} whole"
+        print(f"{count.kills + count.asked}: {when}, {found}", flush=True)
+    return bool(when)
+
+
+def compare(killed: pathlib.Path, alone: pathlib.Path, steps: int) -> bool:
+    """Whether two finished runs differ in any bit of their rows or of what they saved last."""
+    rows = [processes.rows(x) for x in (killed, alone)]
+    last = [read_whole(x / checkpoint.CHECKPOINTS / str(steps)) for x in (killed, alone)]
     same_rows = rows[0] == rows[1]
     same_arrays = jax.tree.all(jax.tree.map(np.array_equal, *last))
-    print(f"killed {kills} times, asked to end {asked} times")
     print(f"{len(rows[1])} rows of metrics: {'identical' if same_rows else 'DIFFERENT'}")
     print(f"parameters, optimizer, average: {'identical' if same_arrays else 'DIFFERENT'}")
-    return int(not (same_rows and same_arrays and kills == args.kills))
+    return not (same_rows and same_arrays)
 
 
 if __name__ == "__main__":
