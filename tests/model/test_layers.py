@@ -98,3 +98,22 @@ def test_rotation_keeps_lengths_and_depends_on_relative_place():
     scores = np.asarray(q @ k.T).reshape(side, side, side, side)  # y x y' x'
     np.testing.assert_allclose(scores[0, 0, 1, 2], scores[2, 1, 3, 3], rtol=1e-4)
     assert abs(scores[0, 0, 1, 2] - scores[0, 0, 2, 1]) > 1e-3
+
+
+def test_max_pooling_takes_the_first_of_equals_as_torch_does():
+    """Value and gradient, of ties and of what is no number; an odd last row is dropped."""
+    x = np.zeros((1, 5, 6, 1), np.float32)
+    x[0, :, :, 0] = [
+        [1, 1, 0, 0, -2, -1],
+        [0, 1, 0, 0, -1, -3],
+        [2, 3, np.nan, 1, 0, 1],
+        [3, 3, 1, 1, np.nan, 5],
+        [9, 9, 9, 9, 9, 9],
+    ]
+    out, pull = jax.vjp(hiera.max_pool2, jnp.asarray(x))
+    np.testing.assert_array_equal(out[0, :, :, 0], [[1, 0, -1], [3, np.nan, np.nan]])
+    (grad,) = pull(jnp.arange(1.0, 7.0).reshape(1, 2, 3, 1))
+    expected = np.zeros((5, 6))
+    for row, column, value in [(0, 0, 1), (0, 2, 2), (0, 5, 3), (2, 1, 4), (2, 2, 5), (3, 4, 6)]:
+        expected[row, column] = value
+    np.testing.assert_array_equal(grad[0, :, :, 0], expected)
