@@ -6,6 +6,7 @@ errors to a file.
 """
 # pyright: reportMissingImports=false
 
+import functools
 import importlib.util
 import json
 import pathlib
@@ -146,13 +147,11 @@ def draw(rng):
 
 @pytest.fixture(scope="session")
 def call():
-    """A method of ours, jitted."""
+    """A method of ours, jitted: once for all seeds."""
     import jax
 
-    def run(pair, method, *args):
-        def apply(params, *args):
-            return pair.model.apply({"params": params}, *args, method=method)
+    @functools.cache
+    def compiled(model, method):
+        return jax.jit(lambda params, *args: model.apply({"params": params}, *args, method=method))
 
-        return jax.jit(apply)(pair.params, *args)
-
-    return run
+    return lambda pair, method, *args: compiled(pair.model, method)(pair.params, *args)

@@ -6,6 +6,7 @@ reference in float32, and ours. Clips and prompts are the same for all.
 # pyright: reportMissingImports=false
 
 import copy
+import functools
 import itertools
 import pathlib
 from typing import Any
@@ -22,6 +23,7 @@ from training.utils.train_utils import register_omegaconf_resolvers
 
 from configs import default
 from sam2_jax import convert, optim, recipe
+from sam2_jax.model.sam2 import init_params
 from tests.parity import reference, tolerances
 from tests.parity.cases import Case, Chosen, clips
 from tests.parity.compare import record
@@ -101,23 +103,25 @@ class Theirs:
         return mean.sqrt().numpy()
 
 
-def make_ours(pair):
+@functools.cache
+def make_ours(model, variant: str):
     """Our optimizer with the default rules and the rates of these tests, and its jitted step."""
-    config = default.get_config(pair.variant)
+    config = default.get_config(variant)
     config.train.steps = STEPS
     rules = [rule[0] for rule in config.optim.learning_rate]
     config.optim.learning_rate = tuple(
         (selectors, ("cosine", rate, rate / 10))
         for selectors, rate in zip(rules, (IMAGE_RATE, RATE), strict=True)
     )
-    optimizer = optim.make_optimizer(recipe.make_optim_settings(config), pair.params, "2.1")
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    optimizer = optim.make_optimizer(recipe.make_optim_settings(config), shapes, "2.1")
 
     @jax.jit
     def update(grads, state, params, active):
         updates, state = optimizer.tx.update(grads, state, params, active=active)
         return optax.apply_updates(params, updates), state
 
-    return update, optimizer.tx.init(pair.params)
+    return optimizer, update
 
 
 def choose(
@@ -149,7 +153,8 @@ def test_ten_steps(make_pair, step, seed, resolution, is_nano, near):
     """
     pair = make_pair("2.1")
     theirs = Theirs(reference.exact_copy(pair.reference))
-    update, state = make_ours(pair)
+    optimizer, update = make_ours(pair.model, pair.variant)
+    state = optimizer.tx.init(pair.params)
     current = pair.reference
     noise: dict[str, float] = {}
     for k, case in enumerate(cases(FRAMES if is_nano else FRAMES_OF_LARGE)):

@@ -5,6 +5,7 @@ or a click falls elsewhere, two runs part for good, which says nothing of precis
 """
 # pyright: reportMissingImports=false
 
+import functools
 import itertools
 
 import jax
@@ -67,8 +68,9 @@ def reference_run(model, batch, plan, seed, dtype):
     return outputs, grads
 
 
+@functools.cache
 def make_ours(model):
-    """A function (params, batch, plan) -> (outputs, gradients), compiled once per precision."""
+    """A function (params, batch, plan) -> (outputs, gradients), compiled once for all seeds."""
 
     def loss(params, batch, plan, dtype):
         out = track.track(
@@ -111,9 +113,16 @@ def decisions(outputs, batch) -> list[np.ndarray]:
     truth = batch.masks[:, 1:].swapaxes(1, 2)  # b o t
     truth = truth.reshape(VALID.size, FRAMES - 1, 1, *truth.shape[-2:]).swapaxes(0, 1)
     truth = np.broadcast_to(truth, (*ious.shape, *truth.shape[-2:]))
+    each, overlap = scores_of_masks(masks, truth)
+    return [np.asarray(each.argmin(-1)), ious.argmax(-1), ious > overlap]
+
+
+@jax.jit
+def scores_of_masks(masks, truth):
+    """The loss that chooses among masks, and their IoU, at the side of `truth`."""
     full = resize(jnp.asarray(masks), truth.shape[-2:])
-    each = 20 * losses.focal_loss(full, truth) + losses.dice_loss(full, truth)
-    return [np.asarray(each.argmin(-1)), ious.argmax(-1), ious > losses.mask_iou(full, truth)]
+    loss = 20 * losses.focal_loss(full, truth) + losses.dice_loss(full, truth)
+    return loss, losses.mask_iou(full, truth)
 
 
 def clip_distances(pair, run, rng, seed) -> tuple[dict[str, float], dict[str, float]] | None:
