@@ -183,9 +183,8 @@ def test_frozen_parameters_have_no_moments_and_do_not_count_in_the_clip():
     _, _, params, state = run(["clicks"])
     sizes = [leaf.size for leaf in jax.tree.leaves(state)]
     trained = sum(x.size for x in jax.tree.leaves(params)) - 2 * 4
-    counts = sum(
-        1 + len(group.kinds) for group in groups_of(state)
-    )  # steps, and updates of each kind
+    # Steps of every group, and updates of each of its kinds
+    counts = sum(1 + len(group.kinds) for group in groups_of(state))
     assert sum(sizes) == 2 * trained + counts
 
 

@@ -91,7 +91,7 @@ class Loader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         """The next batch. Its arrays may lie in shared memory: copy what is kept."""
-        with starting_workers():
+        with starting_workers() if self._workers else contextlib.nullcontext():
             if self._batches is None:
                 self._batches = iter(self._open())
             batch = next(self._batches)
