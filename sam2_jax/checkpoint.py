@@ -10,13 +10,17 @@ are (see base.py).
 
 import contextlib
 import errno
+import logging
 import math
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from orbax.checkpoint import checkpoint_managers as managers
 
 from sam2_jax import arrays, integrity, judging
@@ -32,6 +36,21 @@ FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "Disk quota exceeded"}
 
 class Unwritten(UserError):
     """Something of a workdir could not be written."""
+
+
+class NoRoom(OSError):
+    """The disk has less room than a checkpoint takes: known before anything is begun."""
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of absl's log tells something: Orbax's are of what it raises, too, or worse.
+
+    (That a checkpoint has no figures of an evaluation; pages about one error of a full disk.)
+    """
+    return "orbax" not in pathlib.Path(record.pathname).parts
+
+
+absl_logging.get_absl_logger().addFilter(is_news)
 
 
 class Keep(NamedTuple):
@@ -119,9 +138,11 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
         if not (full or isinstance(error, OSError)):
             raise
         named = getattr(error, "filename", None)
-        why, mend = (
-            ("your quota or the disk is full", "make room") if full else (error, "mend that")
-        )
+        why, mend = (error, "mend that")
+        if full:
+            why, mend = "your quota or the disk is full", "make room"
+        if isinstance(error, NoRoom):
+            why = f"{why}: {error.strerror}"
         good = latest_step(workdir)
         last = "there is no checkpoint yet"
         if good is not None:
@@ -183,6 +204,7 @@ def save(
         values[bases.ITEM] = base._asdict()
     if settings is not None:
         values[CONFIG] = dict(settings)
+    check_room(pathlib.Path(manager.directory), trees)
     sums = integrity.record(trees, values)
     items: dict[str, Any] = {
         **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
@@ -190,6 +212,14 @@ def save(
         integrity.ITEM: ocp.args.JsonSave(sums),
     }
     manager.save(step, args=ocp.args.Composite(**items))
+
+
+def check_room(folder: pathlib.Path, trees: Tree) -> None:
+    """Raises `NoRoom` where the disk of a local folder cannot hold these arrays, uncompressed."""
+    needed = sum(x.nbytes for x in jax.tree.leaves(trees))
+    if folder.is_dir() and needed > (free := shutil.disk_usage(folder).free):
+        sizes = f"a checkpoint takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are left"
+        raise NoRoom(errno.ENOSPC, sizes)
 
 
 def restore(

@@ -67,6 +67,27 @@ def split_sets(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return sets, rest
 
 
+def last_of_each(arguments: Sequence[str]) -> list[str]:
+    """The arguments with only the last setting of each --config.a.b, as --config.a.b=value.
+
+    ml_collections would add up the tuples of a key that is given twice.
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        follows = joined and re.fullmatch(r"--?config\.[^=]+", joined[-1])
+        if follows and not re.match(r"--?[A-Za-z]", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+
+    def key_of(argument: str) -> str | None:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        return match and match[1]
+
+    keys = [key_of(argument) for argument in joined]
+    return [x for i, x in enumerate(joined) if keys[i] is None or keys[i] not in keys[i + 1 :]]
+
+
 def load_file(path: str) -> Config:
     """The config of `FILE.py`, `FILE.py:VARIANT` or `FILE.py:VARIANT,gpu=GB`, locked, unchecked."""
     file, _, argument = path.partition(":")
@@ -114,15 +135,15 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's flag parser with every error as `UserError`, keys named as they were typed."""
     given = list(argv[1:])
     path, rest = split_arguments(given)
-    report = next((a.partition("=")[2] for a in rest if re.match(r"--?replay=.", a)), "")
+    report = re.search(r"(?:^|\n)--?replay[=\n](.+)", "\n".join(rest))
     if report and not path:  # what the bad step was started with, this run's own flags last
-        given = [*replay_command(pathlib.Path(report)), *given]
+        given = [*replay_command(pathlib.Path(report[1])), *given]
         path, rest = split_arguments(given)
     wants_help = any(re.fullmatch(r"--?help(full|short|xml)?", argument) for argument in rest)
     if not path and not wants_help:
         raise UserError("--config=FILE.py[:VARIANT] is missing, e.g. --config=configs/smoke.py")
     # Names of these are new, and ml_collections takes new names everywhere or nowhere
-    sets, known = split_sets(rest)
+    sets, known = split_sets(last_of_each(rest))
     if path:
         check_overrides(path, known)
     # --config comes first whatever the order typed: overrides apply to what it loads.

@@ -57,6 +57,8 @@ _AT_LEAST = {
     "eval.loss_clips": 0,
 }
 _POSITIVE = ("optim.clip_norm",)
+_BELOW = ("model.attention_dropout", "model.dropout", "model.drop_path")  # 1: nothing is left
+MOST = 2**31 - 1  # steps and seeds are 32-bit numbers on a device
 
 
 def check(config: Config) -> None:
@@ -65,15 +67,20 @@ def check(config: Config) -> None:
     for key, least in _AT_LEAST.items():
         if flat[key] < least:
             raise UserError(f"{key}={flat[key]} must be at least {least}")
+        if flat[key] > MOST:
+            raise UserError(f"{key}={flat[key]} must be at most {MOST}")
     for key in _PROBABILITIES:
         if not 0 <= flat[key] <= 1:
             raise UserError(f"{key}={flat[key]} must be between 0 and 1")
+    for key in _BELOW:
+        if flat[key] == 1:
+            raise UserError(f"{key}={flat[key]} must be less than 1, which leaves nothing")
     for key in _POSITIVE:
         if not flat[key] > 0:
             raise UserError(f"{key}={flat[key]} must be greater than 0")
     for name, weight in config.loss.items():
-        if not math.isfinite(weight):
-            raise UserError(f"loss.{name}={weight} must be finite")
+        if not 0 <= weight < math.inf:
+            raise UserError(f"loss.{name}={weight} must be finite and at least 0")
     check_model(config)
     check_data(config)
     check_prompts(config)
@@ -167,6 +174,12 @@ def check_eval(config: Config) -> None:
         )
     if not config.eval.prompts:
         raise UserError("eval.prompts=() prompts nothing: take ('mask',), or others of the first")
+    if not all(isinstance(prompt, str) for prompt in config.eval.prompts):
+        raise UserError(
+            f"eval.prompts={config.eval.prompts} must be names such as 'mask', 'click1'"
+        )
+    if len({*config.eval.prompts}) < len(config.eval.prompts):
+        raise UserError(f"eval.prompts={config.eval.prompts} names one twice: each is one row")
     for name, root in config.eval.sets.items():
         if not re.fullmatch(r"(?!(mask|box|click\d+)$)[\w-]+", name):
             raise UserError(

@@ -1,6 +1,7 @@
 """`loss.png`: the curves of a run."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,11 @@ def loss_curves(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     _curves(loss, rows, by_source or ["loss"], "loss", smooth=True)
     names = [k for k in _keys(rows) if k.startswith("loss_")]
     _curves(terms, rows, names, "terms of the loss, unweighted", smooth=True)
-    _curves(quality, rows, ["eval/J&F", "eval/J", "eval/F"], "evaluation", marker="o")
-    static = _series(rows, "eval/static J&F")
-    if len(static[0]):
-        quality.plot(*static, ls=":", color="0.3", label="static first-frame mask, J&F")
+    _curves(quality, rows, _scores(rows), "evaluation", marker="o")
+    for name in (k for k in _keys(rows) if k.endswith("static J&F")):
+        of = name.removeprefix("eval/").removesuffix("static J&F")
+        label = f"{of}static first-frame mask, J&F"
+        quality.plot(*_series(rows, name), ls=":", color="0.3", label=label)
     quality.set_ylim(0, 1)
     names = [k for k in _keys(rows) if k.startswith(("learning_rate", "lr"))]
     _curves(rates, rows, names, "learning rate")
@@ -101,6 +103,13 @@ def _read(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def _scores(rows: list[dict[str, Any]]) -> list[str]:
+    """J&F of every set and prompt, and, of a single one, J and F."""
+    names = [k for k in _keys(rows) if re.fullmatch(r"eval/(\S*/)?J&F", k)]
+    alone = [names[0].removesuffix("J&F") + k for k in ("J", "F")] if len(names) == 1 else []
+    return [*names, *alone]
 
 
 def _keys(rows: list[dict[str, Any]]) -> list[str]:

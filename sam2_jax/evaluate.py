@@ -132,7 +132,7 @@ def parse_prompt(prompt: str) -> int | None:
     if match := re.fullmatch(r"click([1-9]\d*)", prompt):
         return int(match[1])
     raise UserError(
-        f"eval.prompts: '{prompt}' is no prompt of the first frame: take 'mask', 'box', or "
+        f"eval.prompts: {prompt!r} is no prompt of the first frame: take 'mask', 'box', or "
         "'click1', 'click3' ... for so many clicks on every object"
     )
 

@@ -27,12 +27,20 @@ def find_params(path: pathlib.Path, key: str = "checkpoint.init_from") -> pathli
         "expected a workdir, its checkpoints/, one step of it, an Orbax folder of parameters, or "
         f"a file of weights ({', '.join(weights.SUFFIXES)})"
     )
+    try:
+        return _find(path, f"{key}={path}", hint)
+    except OSError as e:
+        raise UserError(f"{key}={path} cannot be read ({e.strerror}): {hint}") from e
+
+
+def _find(path: pathlib.Path, named: str, hint: str) -> pathlib.Path:
+    """`find_params`, but for what the file system refuses."""
     if not path.exists():
-        raise UserError(f"{key}={path} does not exist: {hint}")
+        raise UserError(f"{named} does not exist: {hint}")
     if path.is_file() and path.suffix in weights.SUFFIXES:
         return path
     if not path.is_dir():
-        raise UserError(f"{key}={path} is a file: {hint}")
+        raise UserError(f"{named} is a file: {hint}")
     if (path / CHECKPOINTS).is_dir():
         path = path / CHECKPOINTS
     steps = [int(p.name) for p in path.iterdir() if p.name.isdigit() and (p / "params").is_dir()]
@@ -42,7 +50,7 @@ def find_params(path: pathlib.Path, key: str = "checkpoint.init_from") -> pathli
         path = path / "params"
     if not (path / arrays.MARK).exists():
         names = sorted(p.name for p in path.iterdir())
-        raise UserError(f"{key}={path} holds {listed(names) or 'nothing'}: {hint}")
+        raise UserError(f"{named} holds {listed(names) or 'nothing'}: {hint}")
     return path
 
 

@@ -72,7 +72,7 @@ def verify(folder: pathlib.Path, tree: Tree) -> None:
     """Raises `UserError` unless `tree`, restored from an item's folder, is what was saved there.
 
     Only the arrays in `tree` are looked at. Checkpoints without sums, such as folders of
-    parameters alone, pass.
+    parameters that other programs wrote, pass.
     """
     saved = _saved(folder, "arrays")
     if saved is None:
@@ -143,7 +143,8 @@ def _saved(folder: pathlib.Path, kind: str) -> Any:
 
 def _words(error: Exception) -> str:
     """What another library says, without its settings, briefly: of files, the last one named."""
-    text = " ".join(str(error).split(" [tensorstore_spec=")[0].split())
+    text = str(error).split(" [tensorstore_spec=")[0].split("See full TensorStore details")[0]
+    text = " ".join(text.split())
     named: Sequence[tuple[str, str]] = re.findall(r'local file "([^"]*)":? ?([^"]*)', text)
     if named:
         path, rest = named[-1]

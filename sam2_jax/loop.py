@@ -220,7 +220,8 @@ def run_loop(
         if records:
             with checkpoint.writing(workdir):
                 records.write(step, row)
-                records.best(settings.best, settings.best_is_lowest)
+                kept = {*checkpoint.steps_of(workdir), step} if hooks.judge else None
+                records.best(settings.best, settings.best_is_lowest, kept)
                 records.pictures(step, asked)
 
     def close(

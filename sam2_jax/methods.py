@@ -58,12 +58,14 @@ METHODS = {
     "lion": Method({"b1": 0.9, "b2": 0.99}, lambda v, _: optax.scale_by_lion(v["b1"], v["b2"])),
     "sgd": Method({"momentum": None}, _sgd),
 }
+# Within these an update of finite gradients is finite in float32: a step is judged by gradients
+TINY, HUGE = 1e-37, 1e6
 LIMITS = {  # least value, and what values must stay below
-    "learning_rate": (0.0, math.inf),
-    "weight_decay": (0.0, math.inf),
+    "learning_rate": (0.0, HUGE),
+    "weight_decay": (0.0, HUGE),
     "b1": (0.0, 1.0),
     "b2": (0.0, 1.0),
-    "eps": (0.0, math.inf),
+    "eps": (TINY, math.inf),
     "momentum": (0.0, 1.0),
     "decay_rate": (0.0, math.inf),
 }
@@ -83,16 +85,20 @@ def check_rules(key: str, rules: Any) -> None:
     for rule in rules:
         if not is_rule(rule):
             raise UserError(
-                f"{key}: rule {rule!r} must be (globs, value), globs a tuple of strings"
+                f"{key}: rule {rule!r} must be (globs, value), globs a tuple of strings (and a "
+                "phase of a schedule (curve, numbers ..., share))"
             )
 
 
 def check_factors(key: str, rules: Any) -> None:
-    """Raises `UserError` unless it is ((selectors, number of at least 0), ...)."""
+    """Raises `UserError` unless it is ((selectors, number from 0 to `HUGE`), ...)."""
     check_rules(key, rules)
     for rule in rules:
-        if not schedules.is_number(rule[1]) or not rule[1] >= 0:
-            raise UserError(f"{key}: {rule[1]!r} of rule {rule!r} must be a number of at least 0")
+        if not schedules.is_number(rule[1]) or not 0 <= rule[1] < HUGE:
+            raise UserError(
+                f"{key}: {rule[1]!r} of rule {rule!r} must be a number of at least 0 and less than "
+                f"{HUGE:g}"
+            )
 
 
 def rules_of(option: str, setting: Any) -> tuple[Rule, ...]:
@@ -100,6 +106,11 @@ def rules_of(option: str, setting: Any) -> tuple[Rule, ...]:
     key = f"optim.{option}"
     if schedules.is_schedule(setting):
         setting = ((("*",), setting),)
+    elif not schedules.is_list(setting):
+        raise UserError(
+            f"{key}={setting!r} must be a number, a schedule such as ('cosine', 5e-6, 5e-7), or "
+            "rules ((globs, number or schedule), ...)"
+        )
     check_rules(key, setting)
     least, below = LIMITS[option]
     for _, schedule in setting:

@@ -80,8 +80,9 @@ class Display:
 
     def step(self, loss: float) -> None:
         """One more step is done."""
-        self._losses.append(loss)
-        mean = sum(self._losses) / len(self._losses)
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        mean = sum(self._losses) / len(self._losses) if self._losses else loss
         self._bar.set_postfix_str(f"loss {mean:.3f}{self._text}", refresh=False)
         self._bar.update()
 

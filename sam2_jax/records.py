@@ -7,7 +7,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,24 +20,39 @@ from sam2_jax.types import UserError
 def replace(path: pathlib.Path, text: str) -> None:
     """Writes a file so that it is the old one or the new one, whole, at any time."""
     whole = path.with_name(f"{path.name}.tmp")
-    with whole.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    whole.replace(path)
+    try:
+        with whole.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        whole.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            whole.unlink()
+        raise
 
 
 def whole_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; none of a file that is not there.
 
-    What follows a torn row is left out: the run died while it wrote that one.
+    A last row that is torn is left out: the run died while it wrote that one. Any other line that
+    is no row is a `UserError`: what follows it would be lost.
     """
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if type(row["step"]) is not int:
+                raise TypeError("its step is no number")
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}: line {number} of {len(lines)} is damaged ({error!r}), expected a JSON "
+                "object with a step: delete that line, or put back a whole copy"
+            ) from error
+        rows.append(row)
     return rows
 
 
@@ -120,12 +135,19 @@ class Records:
         if self._wandb:
             self._wandb.log(dict(values), step=step)
 
-    def best(self, name: str, is_lowest: bool) -> None:
-        """Writes best.json: step and value of the best evaluation so far by one metric."""
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        found = [(row[name], row["step"]) for row in lines if row.get(name) is not None]
+    def best(self, name: str, is_lowest: bool, kept: Container[int] | None = None) -> None:
+        """Writes best.json: step and value of the best evaluation so far by one metric.
+
+        Of those whose checkpoint is `kept`, if given; of equals the last, as checkpoints are.
+        """
+        found = [
+            (-row[name] if is_lowest else row[name], row["step"])
+            for row in whole_rows(self.path)
+            if row.get(name) is not None and (kept is None or row["step"] in kept)
+        ]
         if found:
-            value, step = min(found) if is_lowest else max(found)
+            value, step = max(found)
+            value = -value if is_lowest else value
             text = json.dumps({"step": step, "metric": name, "value": value}) + "\n"
             replace(self.path.with_name(BEST), text)
 

@@ -85,6 +85,12 @@ def check(key: str, schedule: Any) -> None:
             "5e-7), or phases with shares"
         )
     single = is_number(schedule) or isinstance(schedule[0], str)
+    for phase in () if single else schedule:
+        if len(phase) < 2:
+            raise UserError(
+                f"{key}: phase {phase!r} must be a schedule and its share of the training, such as "
+                "('linear', 0.0, 5e-6, 0.05)"
+            )
     phases = phases_of(schedule)
     for curve, share in phases:
         _check_curve(key, curve, () if single else ("share",))
@@ -109,7 +115,7 @@ def _check_curve(key: str, curve: Any, more: tuple[str, ...]) -> None:
     if kind == "step":
         values, milestones = rest
         good = is_list(values) and is_list(milestones) and len(values) == len(milestones) + 1
-        good = good and all(map(is_number, [*values, *milestones]))
+        good = good and all(is_number(x) and math.isfinite(x) for x in [*values, *milestones])
         if not good or not all(a < b for a, b in itertools.pairwise((0, *milestones, 1))):
             raise UserError(
                 f"{key}: in {tuple(curve)!r} of the form {form} values must be one number more "

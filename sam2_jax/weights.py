@@ -34,6 +34,12 @@ HOLDS = "expected {'model': tensors by name} as facebookresearch/sam2 writes it,
 AGAIN = "get it again where it came from"
 SAFE = (2, 6)  # earlier versions can be made to run code even so (CVE-2025-32434)
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+TYPES = ("float16", "bfloat16", "float32", "float64")  # as PyTorch does
+# How files begin that a download leaves in place of what was asked for
+NOT_IT = {
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself (git lfs pull)",
+    b"<": "a web page: download the file itself",
+}
 # How the names of other models begin, and what to tell whoever has such a file.
 FOREIGN = {
     ("image_encoder.blocks.", "image_encoder.patch_embed.", "vision_encoder.layers."): (
@@ -42,6 +48,9 @@ FOREIGN = {
     ("vision_encoder.backbone.",): (
         "SAM 2 under the names of Hugging Face transformers: take sam2.1_hiera_*.pt or "
         "sam2_hiera_*.pt of the same repository, which has the reference's own names"
+    ),
+    ("module.",): (
+        "names behind DistributedDataParallel's 'module.': save model.module.state_dict()"
     ),
 }
 ONLY_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.")  # how names begin that 2.0 has not
@@ -58,6 +67,13 @@ def read(path: pathlib.Path, values: bool = True) -> dict[str, np.ndarray]:
     """
     if not path.is_file() or path.suffix not in SUFFIXES:
         raise UserError(f"{path} is no file with an ending of {', '.join(SUFFIXES)}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from e
+    if what := [x for begins, x in NOT_IT.items() if start.lstrip().startswith(begins)]:
+        raise UserError(f"{path} is {what[0]}")
     state = (_read_pickled if path.suffix in PICKLED else _read_safetensors)(path, values)
     if what := [x for starts, x in FOREIGN.items() if any(k.startswith(starts) for k in state)]:
         raise UserError(f"{path} holds {what[0]}")
@@ -75,7 +91,7 @@ def write(path: pathlib.Path, state: Mapping[str, np.ndarray], overwrite: bool =
         raise UserError(f"{path} exists: choose another name, or say --overwrite")
     # Writable, as torch.from_numpy wants them and JAX's are not
     arrays = {name: np.require(x, np.float32, ["C", "W"]) for name, x in state.items()}
-    part = path.with_name(f"{path.name}.tmp")
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
@@ -175,10 +191,23 @@ def _read_pickled(path: pathlib.Path, values: bool) -> dict[str, np.ndarray]:
         raise UserError(f"{path} holds no tensors but {type(state).__name__}: {HOLDS}")
     if other := [str(k) for k, x in state.items() if not isinstance(x, torch.Tensor)]:
         raise UserError(f"{path} holds what is no tensor: {listed(other)}: {HOLDS}")
-    _refuse_types(path, {k: x.dtype for k, x in state.items() if not x.is_floating_point()})
+    kinds = {k: _kind(x) for k, x in state.items()}
+    _refuse_types(path, {k: kind for k, kind in kinds.items() if kind not in TYPES})
     if not values:
         return {str(name): convert.hollow(tuple(x.shape)) for name, x in state.items()}
+    if mapped:  # torch does not look at the sums that it writes
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+        if wrong:
+            raise UserError(f"{path} is damaged: {wrong} in it is not what was saved: {AGAIN}")
     return {str(name): x.detach().float().numpy() for name, x in state.items()}
+
+
+def _kind(x: Any) -> str:
+    """The type of a torch tensor, and what else is odd about it, such as sparse or meta."""
+    kind = str(x.dtype).removeprefix("torch.")
+    layout = str(x.layout).removeprefix("torch.")
+    return " ".join([kind, *["meta"] * x.is_meta, *[layout] * (layout != "strided")])
 
 
 def _read_safetensors(path: pathlib.Path, values: bool) -> dict[str, np.ndarray]:
@@ -199,5 +228,5 @@ def _refuse_types(path: pathlib.Path, types: Mapping[str, Any]) -> None:
     if types:
         raise UserError(
             f"{path} holds {listed(f'{k} of type {x}' for k, x in types.items())}: expected "
-            "float32, float16 or bfloat16: take weights that are not quantised"
+            f"{', '.join(TYPES)}, dense: take weights that are not quantised"
         )

@@ -20,6 +20,7 @@ refused unless --overwrite is given.
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 from typing import NamedTuple
@@ -27,14 +28,15 @@ from typing import NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from sam2_jax import convert, initial, resume, weights
+from sam2_jax import convert, initial, integrity, resume, weights
 from sam2_jax.config import Parser
+from sam2_jax.memory_estimate import size
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.model.variants import VARIANTS
 from sam2_jax.types import UserError, fail, listed
 
 RESOLUTION = 1024  # that of the released weights
-OURS = {"params", resume.CONFIG}  # what a folder written here holds
+OURS = {"params", integrity.ITEM, resume.CONFIG}  # what a folder written here holds
 
 
 class Source(NamedTuple):
@@ -74,7 +76,13 @@ def own_resolution(found: pathlib.Path) -> int:
     """The resolution that a run's config.json has; that of the released weights without one."""
     beside = None if found.is_file() else initial.config_beside(found)
     model = (resume.read_config(beside) or {}).get("model") if beside else None
-    return model.get("resolution", RESOLUTION) if isinstance(model, dict) else RESOLUTION
+    value = model.get("resolution", RESOLUTION) if isinstance(model, dict) else RESOLUTION
+    if type(value) is not int:
+        raise UserError(
+            f"{beside}/{resume.CONFIG}: model.resolution is {value!r}, expected a number: "
+            "mend it, or say --resolution=N"
+        )
+    return value
 
 
 def check_output(path: pathlib.Path, overwrite: bool) -> None:
@@ -85,7 +93,14 @@ def check_output(path: pathlib.Path, overwrite: bool) -> None:
             f"--dst={path}: '{path.suffix}' is unknown: expected {', '.join(weights.SUFFIXES)}, "
             "or no suffix for a folder"
         )
-    if not path.exists():
+    try:
+        exists = path.exists()
+        above = next(p for p in path.absolute().parents if p.exists())
+    except OSError as e:
+        raise UserError(f"--dst={path} cannot be written: {e.strerror}") from e
+    if not os.access(above, os.W_OK):
+        raise UserError(f"--dst={path} cannot be written: no permission to write in {above}")
+    if not exists:
         return
     if not overwrite:
         raise UserError(f"--dst={path} exists: choose another name, or say --overwrite")
@@ -100,14 +115,23 @@ def check_output(path: pathlib.Path, overwrite: bool) -> None:
 
 
 def write_folder(path: pathlib.Path, source: Source) -> None:
-    """Writes params/ and config.json into a folder beside `path`, and moves it there when whole."""
+    """Writes params/ and config.json into a folder beside `path`, and moves it there when whole.
+
+    With the sums by which damage is noticed (integrity.py). Raises `UserError` without room.
+    """
     path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        needed = sum(x.nbytes for x in jax.tree.leaves(source.params))
+        if needed > (free := shutil.disk_usage(path.parent).free):
+            raise UserError(f"--dst={path} needs {size(needed)}: there are {size(free)} left")
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
             new, old = pathlib.Path(scratch, "new"), pathlib.Path(scratch, "old")
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(new / "params", source.params)
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+                sums = integrity.record({"params": source.params}, {})
+                writer.save(new / integrity.ITEM, args=ocp.args.JsonSave(sums))
             resume.write_config(new, json.dumps({"model": source.model}, indent=2) + "\n")
             if path.exists():
                 os.replace(path, old)

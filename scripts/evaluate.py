@@ -168,7 +168,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+    jax.config.update("jax_compilation_cache_dir", cache)
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -20,6 +20,7 @@ SIGTERM and Ctrl-C save, and end with exit status 75: the same command goes on. 
 mend is one line 'error: ...' and exit status 2.
 """
 
+import os
 import pathlib
 import sys
 
@@ -276,5 +277,6 @@ def repeat(config: Any, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+    jax.config.update("jax_compilation_cache_dir", cache)
     config_lib.run(main, joined)

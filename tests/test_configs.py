@@ -162,6 +162,13 @@ def test_config_comes_first_whatever_the_order():
     assert config_lib.split_arguments(["--config.a=1"]) == ("", ["--config.a=1"])
 
 
+def test_of_a_key_given_twice_the_last_counts():
+    given = ["--config.a.b=('x',)", "-v", "--config.a.c", "-1", "--config.a.b", "('y',)"]
+    expected = ["-v", "--config.a.c=-1", "--config.a.b=('y',)"]
+    assert config_lib.last_of_each(given) == expected
+    assert config_lib.last_of_each(["--config.a", "--noconfig.a"]) == ["--noconfig.a"]
+
+
 def test_workdir_is_named_after_config_and_variant():
     config = davis.get_config()
     assert config_lib.default_workdir("configs/davis.py", config) == "runs/davis-tiny"

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -100,6 +101,16 @@ def test_any_format_to_any_other(script, source, params, tmp_path, capsys, from_
         assert model == {"variant": "nano", "version": "2.0", "resolution": resolution}
 
 
+def test_a_flipped_bit_in_a_folder_is_noticed(script, source, tmp_path):
+    run(script, source("tiny.safetensors"), tmp_path / "out")
+    largest = max((tmp_path / "out/params").rglob("d/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match="out/params cannot be restored.*not the values"):
+        run(script, tmp_path / "out", tmp_path / "again.safetensors")
+
+
 def test_a_folder_can_be_evaluated(script, source, params, tmp_path):
     run(script, source("tiny.safetensors"), tmp_path / "out", "--resolution=128")
     evaluate = load_script("evaluate")
@@ -176,6 +187,26 @@ def test_impossible_outputs_are_named(script, workdir, tmp_path, output, flags, 
     with pytest.raises(UserError, match=text):
         run(script, workdir, tmp_path / output, *flags)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_outputs_without_room_or_with_too_long_a_name(script, workdir, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        run(script, workdir, tmp_path / ("x" * 300))
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
+    with pytest.raises(UserError, match=r"out needs [\d.]+ M.?B: there are .* left"):
+        run(script, workdir, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("resolution", ["null", '"abc"', "true"])
+def test_a_config_without_a_resolution_is_named(script, workdir, tmp_path, resolution):
+    lone = tmp_path / "elsewhere"
+    lone.mkdir()
+    (lone / "config.json").write_text(f'{{"model": {{"resolution": {resolution}}}}}')
+    shutil.copytree(workdir / "checkpoints/2/params", lone / "params")
+    with pytest.raises(UserError, match=r"config\.json: model\.resolution is .*--resolution"):
+        run(script, lone, tmp_path / "out")
+    run(script, lone, tmp_path / "out", "--resolution=64")
 
 
 def test_what_is_no_whole_model_is_named(script, params, tmp_path):

@@ -37,6 +37,14 @@ def test_curves_read_the_right_numbers(tmp_path):
     assert len(curves._series(read, "absent")[0]) == 0
 
 
+def test_scores_of_every_set_and_prompt_are_drawn():
+    one = {"eval/J&F": 1, "eval/J": 1, "eval/F": 1, "eval/static J&F": 1, "eval/loss": 1}
+    assert curves._scores([{"loss": 1}, one]) == ["eval/J&F", "eval/J", "eval/F"]
+    two = {f"eval/{name}": 1 for name in ("a/J&F", "a/J", "a/click3/J&F", "a/static J&F")}
+    assert curves._scores([two]) == ["eval/a/J&F", "eval/a/click3/J&F"]
+    assert curves._scores([{"step": 1}]) == []
+
+
 def test_drawing_takes_little_of_a_run(tmp_path, monkeypatch):
     """Time is a clock of the test's own: a drawing takes 2 s, so 200 s must pass to the next."""
     now, drawn = [1000.0], []

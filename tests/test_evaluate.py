@@ -271,7 +271,7 @@ def test_an_absent_object_has_no_box():
 
 @pytest.mark.parametrize("prompt", ["click", "click0", "boxes", "masks3"])
 def test_unknown_prompts_are_named(prompt):
-    with pytest.raises(UserError, match=f"eval.prompts: '{prompt}'"):
+    with pytest.raises(UserError, match=f"eval.prompts: {prompt!r} is no prompt"):
         evaluate.parse_prompt(prompt)
 
 

@@ -74,6 +74,23 @@ def test_a_run_goes_on_from_where_the_disk_was_full(
     assert rows(tmp_path) == whole[1]
 
 
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(tmp_path, monkeypatch):
+    usage = checkpoint.shutil.disk_usage
+
+    def full_after_one(path):
+        full = checkpoint.latest_step(tmp_path) is not None
+        return usage(path)._replace(free=0 if full else 2**40)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", full_after_one)
+    words = r"disk is full: a checkpoint takes .* MiB, 0\.0 MiB are left\); the last whole"
+    with pytest.raises(checkpoint.Unwritten, match=words):
+        with checkpoint.writing(tmp_path):  # as scripts/train.py saves
+            fit(tmp_path, MESH)
+    step = checkpoint.latest_step(tmp_path)
+    begun = [p.name for p in (tmp_path / checkpoint.CHECKPOINTS).iterdir()]
+    assert step is not None and max(map(int, begun)) == step
+
+
 @pytest.mark.parametrize(("what", "fails"), [("__init__", full), ("close", full_at_the_end)])
 def test_the_beginning_and_the_end(tmp_path, monkeypatch, what, fails):
     monkeypatch.setattr(records.Records, what, fails)

@@ -201,7 +201,7 @@ def test_defaults_are_those_of_optax():
         ({"weight_decay": (0.1,)}, "optim.weight_decay: rule 0.1 must be (globs, value)"),
         ({"weight_decay": (("*", 0.1),)}, "optim.weight_decay: "),
         ({"weight_decay": ((("*",), 0.1, 0.2),)}, "must be (globs, value)"),
-        ({"weight_decay": "0,1"}, "optim.weight_decay='0,1' must be ((globs, value), ...)"),
+        ({"weight_decay": "0,1"}, "optim.weight_decay='0,1' must be a number, a schedule"),
         ({"weight_decay": ((("*",), "0,1"),)}, "'0,1' is no schedule"),
     ],
 )

@@ -33,6 +33,17 @@ def test_cut_after_keeps_whole_rows_up_to_a_step(tmp_path):
     assert records.plain(float("inf")) is None
 
 
+@pytest.mark.parametrize("line", [b'{"step": 2', b"3", b'{"loss": 1.0}', b'{"step": 2, "\xff": 1}'])
+def test_a_damaged_row_among_others_is_named(tmp_path, line):
+    """What follows it would be lost."""
+    path = tmp_path / "metrics.jsonl"
+    before = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
+    path.write_bytes(before)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 of 3 is damaged .*delete that"):
+        records.cut_after(path, 3)
+    assert path.read_bytes() == before
+
+
 def test_an_evaluation_is_found_by_its_step(tmp_path):
     path = tmp_path / records.METRICS
     assert not records.was_evaluated(path, 2)
@@ -52,6 +63,10 @@ def test_the_best_evaluation_is_kept(tmp_path, is_lowest, values, best):
         log.best("eval/x", is_lowest)
     log.close()
     assert json.loads((tmp_path / "best.json").read_text())["step"] == best
+    log.path.write_text(log.path.read_text() + json.dumps({"step": 4, "eval/x": values[best - 1]}))
+    for kept, step in ((None, 4), ({best}, best), (set(), best)):  # of equals the last
+        log.best("eval/x", is_lowest, kept)
+        assert json.loads((tmp_path / "best.json").read_text())["step"] == step
     # A run that went back to step 1 forgets what it has not yet done again.
     log = records.Records(tmp_path, 1)
     log.best("eval/x", is_lowest)

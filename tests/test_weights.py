@@ -2,9 +2,7 @@
 
 import functools
 import os
-import pickle
 import re
-import sys
 from typing import Any
 
 import jax
@@ -44,8 +42,12 @@ def path(request, tmp_path):
 
 
 def test_what_was_written_is_read(path, state):
+    path.parent.mkdir()
+    other = path.with_name(f"{path.name}.tmp")
+    other.write_text("somebody's")
     weights.write(path, state)
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert other.read_text() == "somebody's"
+    assert sorted(path.parent.iterdir()) == [path, other]
     (path.parent / "touched").touch()
     assert path.stat().st_mode == (path.parent / "touched").stat().st_mode
     back = weights.read(path)
@@ -126,16 +128,6 @@ def test_other_floats_become_float32(tmp_path, dtype, ending):
     assert weights.read(path, values=False)["x"].shape == (3,)
 
 
-def test_other_types_are_refused(tmp_path):
-    safetensors.numpy.save_file({"q.weight": np.ones(3, np.int8)}, tmp_path / "q.safetensors")
-    with pytest.raises(UserError, match=r"q\.weight of type I8: expected float32"):
-        weights.read(tmp_path / "q.safetensors")
-    torch = pytest.importorskip("torch")
-    torch.save({"model": {"q.weight": torch.ones(3, dtype=torch.int8)}}, tmp_path / "q.pt")
-    with pytest.raises(UserError, match=r"q\.weight of type torch\.int8: expected float32"):
-        weights.read(tmp_path / "q.pt")
-
-
 @pytest.mark.parametrize("size", [0, 5, 2000, -30])
 def test_a_file_cut_short_is_named(path, state, size):
     weights.write(path, state)
@@ -143,51 +135,6 @@ def test_a_file_cut_short_is_named(path, state, size):
     for values in (True, False):
         with pytest.raises(UserError, match=rf"{path.name} \([\d,]+ bytes.*cut short.*again"):
             weights.read(path, values)
-
-
-class Code:
-    """Makes a folder where it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_no_code_is_run(tmp_path):
-    torch = pytest.importorskip("torch")
-    torch.save({"model": Code(tmp_path / "run")}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match=r"evil\.pt .*holds code, which is not run, or"):
-        weights.read(tmp_path / "evil.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Code(tmp_path / "run")}))
-    with pytest.raises(UserError, match=r"plain\.pt .*holds code, which is not run, or.*not trust"):
-        weights.read(tmp_path / "plain.pt")
-    assert not (tmp_path / "run").exists()
-    # The proof that the files would have done so
-    pickle.loads((tmp_path / "plain.pt").read_bytes())
-    assert (tmp_path / "run").exists()
-
-
-def test_torch_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "official.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"official\.pt needs PyTorch: pip install .*\[torch\]"):
-        weights.read(tmp_path / "official.pt")
-    with pytest.raises(UserError, match=r"\[torch\]"):
-        weights.write(tmp_path / "mine.pt", {})
-    assert not (tmp_path / "mine.pt.tmp").exists()
-
-
-def test_a_torch_that_may_run_code_is_refused(tmp_path, monkeypatch):
-    torch = pytest.importorskip("torch")
-    torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "w.pt")
-    for version in ("2.5.1+cpu", "1.13"):
-        monkeypatch.setattr(torch, "__version__", version)
-        with pytest.raises(UserError, match=r"w\.pt needs a newer PyTorch"):
-            weights.read(tmp_path / "w.pt")
-    monkeypatch.setattr(torch, "__version__", "2.10.0")
-    weights.read(tmp_path / "w.pt")
 
 
 def test_what_torch_files_may_hold(tmp_path, state):
@@ -227,6 +174,7 @@ def test_what_torch_files_may_hold(tmp_path, state):
         ("image_encoder.patch_embed.proj.weight", "SAM 1, another model"),
         ("vision_encoder.layers.0.attn.qkv.weight", "SAM 1, another model"),
         ("vision_encoder.backbone.blocks.0.attn.qkv.weight", r"transformers: take sam2\.1_hiera_"),
+        ("module.no_mem_embed", r"save model\.module\.state_dict"),
     ],
 )
 def test_other_models_are_named(path, name, text):
@@ -284,8 +232,8 @@ def test_another_model_is_named(tmp_path, state, variant, version, values):
 
 def test_wrong_tensors_are_named(tmp_path, state):
     path = tmp_path / "w.safetensors"
-    weights.write(path, state | {"module.no_obj_ptr": np.zeros(1)})
-    with pytest.raises(UserError, match=r"no SAM 2 has: module\.no_obj_ptr; the file looks like"):
+    weights.write(path, state | {"modules.no_obj_ptr": np.zeros(1)})
+    with pytest.raises(UserError, match=r"no SAM 2 has: modules\.no_obj_ptr; the file looks like"):
         weights.load(path, like())
     weights.write(path, state | {"no_obj_ptr": np.zeros((1, 3))}, overwrite=True)
     with pytest.raises(

@@ -22,8 +22,6 @@ from tests.parity.cases import Chosen
 from tests.parity.compare import judge, record
 from tests.parity.rollout import float64, train_forward
 
-MOST_GATES = 40  # in doubt; each costs a backward pass
-WORTHWHILE = 0.99  # a gate is turned if that leaves less than this of the difference
 SAMPLED = 4096  # elements of a parameter's gradient by which gates are chosen, at random
 Gradient = dict[str, np.ndarray]
 Gate = tuple[int, int]  # the call, and the place in its input
@@ -172,7 +170,7 @@ class Truth:
         while left:
             nearest = min(left, key=lambda gate: np.linalg.norm(residual - left[gate]))
             after = residual - left.pop(nearest)
-            if np.linalg.norm(after) > WORTHWHILE * np.linalg.norm(residual):
+            if np.linalg.norm(after) > tolerances.WORTHWHILE * np.linalg.norm(residual):
                 break
             residual = after
             chosen.append(nearest)
@@ -218,7 +216,7 @@ class Truth:
             difference = (mine.double() - true).abs().nan_to_num(0.0, posinf=0.0)
             close_by = true.flatten() <= tolerances.OWN * difference.max()
             doubtful += [(call, int(i)) for i in close_by.nonzero()]
-        if len(doubtful) > MOST_GATES:
+        if len(doubtful) > tolerances.MOST_GATES:
             return {}
         with float64(), exact.watch(c.exact_model):
             loss = train_forward(c.exact_model, c.batch, c.plan, c.run.drawn).losses["core_loss"]
@@ -268,7 +266,7 @@ def compare_gradients(truth: Truth, ours: Gradient, part: str = "gradient") -> C
         judge(part, error, tolerances.GRADIENT, own, name)
     own = (x.median() for x in truth.own())
     judge(f"{part}, median", found.median(), tolerances.GRADIENT_MEDIAN, own)
-    record(f"{part}: gates turned", float(turned), float(MOST_GATES))
+    record(f"{part}: gates turned", float(turned), float(tolerances.MOST_GATES))
     rounded = truth.nearest(truth.rounded)[0]
     largest = {
         name: float(

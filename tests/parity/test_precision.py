@@ -17,7 +17,7 @@ import torch
 from sam2_jax import convert, losses, track
 from sam2_jax.resize import resize
 from sam2_jax.train import compute_copy
-from tests.parity import reference
+from tests.parity import reference, tolerances
 from tests.parity.cases import make_batch, make_plan
 from tests.parity.compare import record
 from tests.parity.rollout import train_forward
@@ -26,8 +26,6 @@ FRAMES = 3
 # Errors of rounding that grow through a clip are spread over a factor of ten: a mean of six clips
 # still moves by a third from draw to draw, one of 24 by a tenth. Larger models take minutes each.
 CLIPS_NANO, CLIPS = 24, 6
-SILENT = 1e-6  # of the largest norm: rounding of what is zero
-RATIO = 1.5  # as far as we may be from float32, in units of the reference's own distance
 VALID = np.ones((2, 2), bool)
 
 
@@ -39,7 +37,7 @@ def pair(make_pair):
 def far(low: dict[str, np.ndarray], high: dict[str, np.ndarray]) -> dict[str, float]:
     """Relative distance of each array of `low` from that of `high`, in the Euclidean norm."""
     norms = {name: float(np.linalg.norm(x)) for name, x in high.items()}
-    heard = {name: x for name, x in norms.items() if x > SILENT * max(norms.values())}
+    heard = {name: x for name, x in norms.items() if x > tolerances.SILENT * max(norms.values())}
     return {name: float(np.linalg.norm(low[name] - high[name])) / x for name, x in heard.items()}
 
 
@@ -174,6 +172,10 @@ def test_bfloat16(pair, rng, seed, is_nano):
     ours, theirs = zip(*taken, strict=True)
     for name in ours[0]:
         mine, reference_s = (float(np.mean([d[name] for d in all_])) for all_ in (ours, theirs))
-        record(f"bfloat16: {name}, ours / the reference's", mine / reference_s, RATIO)
-        assert reference_s > 1e-4, f"{name}: the reference does not differ in bfloat16"
-        assert mine <= RATIO * reference_s, f"{name}: {mine:.1e} > {RATIO} * {reference_s:.1e}"
+        record(f"bfloat16: {name}, ours / the reference's", mine / reference_s, tolerances.RATIO)
+        assert reference_s > tolerances.DIFFERS, (
+            f"{name}: the reference does not differ in bfloat16"
+        )
+        assert mine <= tolerances.RATIO * reference_s, (
+            f"{name}: {mine:.1e} > {tolerances.RATIO} * {reference_s:.1e}"
+        )

@@ -31,7 +31,7 @@ from sam2_jax.data import augment
 from sam2_jax.data.colour import GREY
 from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.model.variants import VARIANTS
-from tests.parity import reference
+from tests.parity import reference, tolerances
 from tests.parity.recipe_table import (
     BARE,
     CHANGES,
@@ -50,8 +50,6 @@ from tests.parity.recipe_table import (
 RECIPE = "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"
 INTERPOLATED = ("scratch", "dataset", "vos")  # sections that `trainer` refers to
 NANO = ("nano", 64, "2.1")
-FLOAT32 = 1e-5  # relative: our schedules are computed in float32
-ROUNDING = 1e-12  # a tenth of a rate is computed there and written here
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -86,7 +84,7 @@ def recipe() -> dict[str, Any]:
 def test_value_is_the_recipes(path, recipe):
     expected = recipe[path]
     if isinstance(expected, float):
-        expected = pytest.approx(expected, rel=ROUNDING)
+        expected = pytest.approx(expected, rel=tolerances.COMPUTED)
     assert SAME[path] == expected
 
 
@@ -184,7 +182,7 @@ def test_every_parameter_gets_the_rates_of_the_reference(where):
     rates, decays = tree_of("learning_rate"), tree_of("weight_decay")
     for name, parameter in theirs.named_parameters():
         got = rates[name].flat[0], decays[name].flat[0]
-        assert got == pytest.approx(of[id(parameter)], rel=FLOAT32), name
+        assert got == pytest.approx(of[id(parameter)], rel=tolerances.SCHEDULE), name
 
 
 def test_transforms_come_in_the_recipes_order(recipe, monkeypatch):

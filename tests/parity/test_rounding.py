@@ -3,13 +3,12 @@
 
 import numpy as np
 
+from tests.parity import tolerances
 from tests.parity.cases import make_batch, make_plan
 from tests.parity.gradients import gradient
 from tests.parity.reference import exact_copy
 from tests.parity.rollout import float64, train_forward
 from tests.parity.rounding import reordered
-
-EQUAL = 1e-9  # in float64
 
 
 def test_other_orders_of_summation_round_otherwise_and_no_more(pair, rng, resolution):
@@ -24,4 +23,4 @@ def test_other_orders_of_summation_round_otherwise_and_no_more(pair, rng, resolu
             found = gradient(model, run.losses["core_loss"])
     scale = max(np.abs(x).max() for x in expected.values())
     errors = [np.abs(found[name] - x).max() / scale for name, x in expected.items()]
-    assert 0 < max(errors) < EQUAL
+    assert 0 < max(errors) < tolerances.EQUAL

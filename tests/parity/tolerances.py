@@ -51,3 +51,27 @@ LAST_PLACE = 2.0**-23
 # other, losses of masks, IoU errors with zero) is at least this many times as far from it as
 # float32 and float64 differ.
 DECIDED = 4.0
+
+# bfloat16: our distance from our float32 is at most so many times the reference's from its own.
+RATIO = 1.5
+DIFFERS = 1e-4  # the least that the reference must differ, or nothing is compared
+SILENT = 1e-6  # norms below this share of the largest are the rounding of what is zero
+
+# Gates whose input float32 cannot tell from where they turn (see gradients.py): how many a clip
+# may have in doubt, each of which costs a backward pass; and one is turned only if that leaves less
+# than this share of the difference.
+MOST_GATES = 40
+WORTHWHILE = 0.99
+
+# Prompts are drawn, so distributions are compared: the probability with which a test calls equal
+# ones different. A probability that is off by 0.05 is seen in nearly every run, the reach of a
+# box's noise if it is off by a hundredth.
+FALSE_ALARM = 1e-5
+
+# The recipe's numbers. Relative: our schedules are computed in float32; a tenth of a rate is
+# computed there and written here.
+SCHEDULE = 1e-5
+COMPUTED = 1e-12
+
+# The reference with its sums in other orders, in float64, where order makes no difference.
+EQUAL = 1e-9
