@@ -63,10 +63,9 @@ def make_step(remat: str) -> Step:
     So the number of objects, of the sharding and of the gradient's sum over devices is tested
     with everything else.
     """
-    forward: Any = jax.jit(loss_fn, static_argnums=(1, 5))
     both: Any = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), static_argnums=(1, 5))
 
-    def step(model, params, batch, plan, prompts, gradient=True):
+    def step(model, params, batch, plan, prompts):
         videos = len(batch.images)
         mesh = sharding.make_mesh(videos, 1, 1, jax.devices()[:videos])
         everywhere = sharding.replicated(mesh)
@@ -77,8 +76,7 @@ def make_step(remat: str) -> Step:
         batch = jax.device_put(batch, split(0))
         params, plan = jax.device_put((params, plan), everywhere)
         prompts = jax.device_put(prompts, (split(2), split(2), split(1)))
-        arguments = params, model, batch, plan, prompts, remat
-        done = both(*arguments) if gradient else (forward(*arguments), None)
+        done = both(params, model, batch, plan, prompts, remat)
         (total, (terms, out)), grads = jax.device_get(done)
         return total, terms, out, grads
 

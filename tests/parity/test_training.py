@@ -49,13 +49,12 @@ def test_training_pass(make_pair, step, seed, resolution, is_nano, near, name):
 
 
 @pytest.mark.parametrize("name", VERSION_2_0)
-def test_training_pass_of_version_2_0(make_pair, step, seed, resolution, is_nano, name):
-    """Outputs and losses; its parameters are among those of 2.1, and compiling takes a minute."""
-    compare(make_pair("2.0"), step, name, seed, resolution, is_nano, None, "2.0: ")
+def test_training_pass_of_version_2_0(make_pair, step, seed, resolution, is_nano, near, name):
+    compare(make_pair("2.0"), step, name, seed, resolution, is_nano, near, "2.0: ")
 
 
 def compare(pair, step, name, seed, resolution, is_nano, near, prefix=""):
-    """Outputs and losses; gradients too if it says how `near` is near enough (see `Truth`)."""
+    """Outputs, losses and gradients; `near` enough is as `Truth` says."""
     case = (CASES | IMAGES | LONG)[name]
     if not is_nano:  # one video of two objects is enough to wait for
         case = case._replace(valid=[[1, 1]])
@@ -64,12 +63,11 @@ def compare(pair, step, name, seed, resolution, is_nano, near, prefix=""):
     batch, plan = chosen.batch, chosen.plan
     prompts = prompts_of(chosen.run.drawn, batch)
     params = converted(chosen.model, pair.params)
-    total, terms, out, grads = step(pair.model, params, batch, plan, prompts, near is not None)
+    total, terms, out, grads = step(pair.model, params, batch, plan, prompts)
     for i in range(case.frames):
         compare_frame(jax.tree.map(lambda x, i=i: x[i], out), chosen, i, prefix)
     compare_losses({"core_loss": total, **terms}, chosen, prefix)
-    if near is not None:
-        compare_gradients(Truth(chosen, near), convert.to_reference(grads))
+    compare_gradients(Truth(chosen, near), convert.to_reference(grads), f"{prefix}gradient")
 
 
 def check_both_ways(chosen: Chosen):

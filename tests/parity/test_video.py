@@ -16,7 +16,7 @@ from sam2_jax import convert
 from sam2_jax.decode import NO_OBJECT
 from sam2_jax.predict import video
 from tests.parity import reference, tolerances
-from tests.parity.compare import close_to_exact
+from tests.parity.compare import close_to_exact, same_mask
 from tests.parity.rounding import exactly, roundings
 
 FRAMES = 20
@@ -37,19 +37,23 @@ KINDS = {
     "plain": video.PLAIN._replace(memory_dtype=None),
     "postprocessed": video.POSTPROCESSED._replace(memory_dtype=None),
     "bfloat16 memories": video.PLAIN,
+    "2.0": video.PLAIN._replace(memory_dtype=None),
 }
 CASES = [("plain", prompt) for prompt in PROMPTS]
 CASES += [("postprocessed", "mask"), ("postprocessed", "two clicks"), ("bfloat16 memories", "mask")]
+CASES += [("2.0", "mask"), ("2.0", "click")]
+
+
+def version_of(kind: str) -> str:
+    return "2.0" if kind == "2.0" else "2.1"
 
 
 @pytest.fixture(scope="module")
-def pair(make_pair):
-    return make_pair("2.1")
-
-
-@pytest.fixture(scope="module")
-def trackers(pair):
-    return {kind: video.make_tracker(pair.model, inference) for kind, inference in KINDS.items()}
+def trackers(make_pair):
+    return {
+        kind: video.make_tracker(make_pair(version_of(kind)).model, inference)
+        for kind, inference in KINDS.items()
+    }
 
 
 def make_predictor(model: Any, inference: Any) -> Any:
@@ -202,7 +206,8 @@ def runs(chosen: Chosen, inference: Any) -> Iterator[Tracked]:
 
 
 @pytest.mark.parametrize(("kind", "prompt"), CASES)
-def test_predictor(pair, trackers, rng, kind, prompt):
+def test_predictor(make_pair, trackers, rng, kind, prompt):
+    pair = make_pair(version_of(kind))
     chosen = choose(pair.reference, rng, kind, prompt)
     (images, masks, prompts), predictor = chosen.clip, chosen.predictor
     present = chosen.run.present
@@ -223,4 +228,5 @@ def test_predictor(pair, trackers, rng, kind, prompt):
     np.testing.assert_array_equal((ours > NO_OBJECT).any((2, 3)), present)
     others = (run.logits[present] for run in runs(chosen, KINDS[kind]))
     given = ours[np.asarray(present)], others, chosen.exact.logits[present], tolerances.ROLLOUT
-    close_to_exact(f"video, {kind}: mask logits", *given)
+    bound = close_to_exact(f"video, {kind}: mask logits", *given)
+    same_mask(f"video, {kind}: binary masks", given[0], given[2], bound)
