@@ -86,10 +86,13 @@ def match_some(
                     f"{key}: no module of class '{name}' holds parameters: those that do are "
                     f"{', '.join(known) or 'not known here'}"
                 )
+            if any(map(taker(selector), paths, holders)):
+                raise UserError(
+                    f"{key}: '{selector}' matches no parameter that earlier rules leave: put it "
+                    "before them, or leave it out"
+                )
             near = f" (nearest parameter: '{nearest(selector, paths)}')" if paths else ""
-            raise UserError(
-                f"{key}: '{selector}' matches no parameter that earlier rules leave{near}"
-            )
+            raise UserError(f"{key}: '{selector}' matches no parameter{near}")
     return result
 
 

@@ -42,7 +42,7 @@ def test_some_may_be_left():
     [
         ([["norm/*"], ["out/*"]], "no rule matches parameter 'token'; end the rules with one"),
         ([["*"], ["token"]], "'token' matches no parameter that earlier rules leave"),
-        ([["nrm/*"], ["*"]], "'nrm/*' matches no parameter that earlier rules leave (nearest "),
+        ([["nrm/*"], ["*"]], "'nrm/*' matches no parameter (nearest parameter: 'norm/"),
         (
             [["class:Dens"], ["*"]],
             "class 'Dens' holds parameters: those that do are Dense, LayerNorm, Model",
