@@ -204,6 +204,7 @@ def save(
         values[bases.ITEM] = base._asdict()
     if settings is not None:
         values[CONFIG] = dict(settings)
+    manager.wait_until_finished()  # as its `save` would: the last one takes its room
     check_room(pathlib.Path(manager.directory), trees)
     sums = integrity.record(trees, values)
     items: dict[str, Any] = {
