@@ -131,13 +131,19 @@ def replay_command(report: pathlib.Path) -> list[str]:
     return [str(argument) for argument in read_report(report)["command"]]
 
 
+def report_of(arguments: Sequence[str]) -> str:
+    """The file of --replay=FILE or --replay FILE; empty without."""
+    match = re.search(r"(?:^|\n)--?replay[=\n](.+)", "\n".join(arguments))
+    return match[1] if match else ""
+
+
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's flag parser with every error as `UserError`, keys named as they were typed."""
     given = list(argv[1:])
     path, rest = split_arguments(given)
-    report = re.search(r"(?:^|\n)--?replay[=\n](.+)", "\n".join(rest))
+    report = report_of(rest)
     if report and not path:  # what the bad step was started with, this run's own flags last
-        given = [*replay_command(pathlib.Path(report[1])), *given]
+        given = [*replay_command(pathlib.Path(report)), *given]
         path, rest = split_arguments(given)
     wants_help = any(re.fullmatch(r"--?help(full|short|xml)?", argument) for argument in rest)
     if not path and not wants_help:

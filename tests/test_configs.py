@@ -162,6 +162,12 @@ def test_config_comes_first_whatever_the_order():
     assert config_lib.split_arguments(["--config.a=1"]) == ("", ["--config.a=1"])
 
 
+def test_a_report_is_found_in_both_forms():
+    for given in (["-v", "--replay=a b.json"], ["--replay", "a b.json", "-v"]):
+        assert config_lib.report_of(given) == "a b.json"
+    assert config_lib.report_of(["--config.replay=x", "--v=--replay=x"]) == ""
+
+
 def test_of_a_key_given_twice_the_last_counts():
     given = ["--config.a.b=('x',)", "-v", "--config.a.c", "-1", "--config.a.b", "('y',)"]
     expected = ["-v", "--config.a.c=-1", "--config.a.b=('y',)"]
