@@ -50,7 +50,9 @@ def is_news(record: logging.LogRecord) -> bool:
     return "orbax" not in pathlib.Path(record.pathname).parts
 
 
-absl_logging.get_absl_logger().addFilter(is_news)
+def quiet() -> None:
+    """Leaves out of absl's log what is no news (see `is_news`), from now on: for scripts."""
+    absl_logging.get_absl_logger().addFilter(is_news)
 
 
 class Keep(NamedTuple):
@@ -138,9 +140,9 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
         if not (full or isinstance(error, OSError)):
             raise
         named = getattr(error, "filename", None)
-        why, mend = (error, "mend that")
-        if full:
-            why, mend = "your quota or the disk is full", "make room"
+        why, mend = (
+            ("your quota or the disk is full", "make room") if full else (error, "mend that")
+        )
         if isinstance(error, NoRoom):
             why = f"{why}: {error.strerror}"
         good = latest_step(workdir)
@@ -204,14 +206,14 @@ def save(
         values[bases.ITEM] = base._asdict()
     if settings is not None:
         values[CONFIG] = dict(settings)
-    manager.wait_until_finished()  # as its `save` would: the last one takes its room
-    check_room(pathlib.Path(manager.directory), trees)
     sums = integrity.record(trees, values)
     items: dict[str, Any] = {
         **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
         **{name: ocp.args.JsonSave(value) for name, value in values.items()},
         integrity.ITEM: ocp.args.JsonSave(sums),
     }
+    manager.wait_until_finished()  # as its `save` would: the last one takes its room
+    check_room(pathlib.Path(manager.directory), trees)
     manager.save(step, args=ocp.args.Composite(**items))
 
 

@@ -46,24 +46,20 @@ def split_arguments(argv: Sequence[str]) -> tuple[str, list[str]]:
 def split_sets(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Folders by name of --config.eval.sets.NAME=FOLDER, and all other arguments.
 
+    Of arguments as `last_of_each` gives them.
+
     Raises:
         UserError: a name without a folder.
     """
-    sets, rest, waiting = {}, [], ""
+    sets, rest = {}, []
     for argument in arguments:
-        if waiting:
-            sets[waiting], waiting = argument, ""
-        elif match := re.fullmatch(
-            r"--?config\.eval\.sets\.([^=]+)(?:=(.*))?", argument, re.DOTALL
-        ):
-            if match[2] is None:
-                waiting = match[1]
-            else:
-                sets[match[1]] = match[2]
-        else:
+        match = re.fullmatch(r"--?config\.eval\.sets\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if not match:
             rest.append(argument)
-    if waiting:
-        raise UserError(f"--config.eval.sets.{waiting} names no folder: give it one, =FOLDER")
+        elif match[2] is None:
+            raise UserError(f"--config.eval.sets.{match[1]} names no folder: give it one, =FOLDER")
+        else:
+            sets[match[1]] = match[2]
     return sets, rest
 
 

@@ -78,15 +78,14 @@ def is_rule(rule: Any) -> bool:
     return pair and bool(rule[0]) and all(isinstance(x, str) for x in rule[0])
 
 
-def check_rules(key: str, rules: Any) -> None:
-    """Raises `UserError` unless it is ((selectors, what they get), ...)."""
+def check_rules(key: str, rules: Any, hint: str = "") -> None:
+    """Raises `UserError` unless it is ((selectors, what they get), ...); `hint` ends it."""
     if not schedules.is_list(rules):
         raise UserError(f"{key}={rules!r} must be ((globs, value), ...), globs a tuple of strings")
     for rule in rules:
         if not is_rule(rule):
             raise UserError(
-                f"{key}: rule {rule!r} must be (globs, value), globs a tuple of strings (and a "
-                "phase of a schedule (curve, numbers ..., share))"
+                f"{key}: rule {rule!r} must be (globs, value), globs a tuple of strings{hint}"
             )
 
 
@@ -111,7 +110,7 @@ def rules_of(option: str, setting: Any) -> tuple[Rule, ...]:
             f"{key}={setting!r} must be a number, a schedule such as ('cosine', 5e-6, 5e-7), or "
             "rules ((globs, number or schedule), ...)"
         )
-    check_rules(key, setting)
+    check_rules(key, setting, " (and a phase of a schedule (curve, numbers ..., share))")
     least, below = LIMITS[option]
     for _, schedule in setting:
         schedules.check(key, schedule)

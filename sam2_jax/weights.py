@@ -195,7 +195,7 @@ def _read_pickled(path: pathlib.Path, values: bool) -> dict[str, np.ndarray]:
     _refuse_types(path, {k: kind for k, kind in kinds.items() if kind not in TYPES})
     if not values:
         return {str(name): convert.hollow(tuple(x.shape)) for name, x in state.items()}
-    if mapped:  # torch does not look at the sums that it writes
+    if mapped:  # torch does not look at the sums that it writes; of all that is in the file
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
         if wrong:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from sam2_jax import convert, initial, integrity, resume, weights
+from sam2_jax import checkpoint, convert, initial, integrity, resume, weights
 from sam2_jax.config import Parser
 from sam2_jax.memory_estimate import size
 from sam2_jax.model.sam2 import init_params, make_sam2
@@ -177,6 +177,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
+    checkpoint.quiet()
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from sam2_jax import evaluate, initial, metrics, plots, resume
+from sam2_jax import checkpoint, evaluate, initial, metrics, plots, resume
 from sam2_jax.config import Parser
 from sam2_jax.data.folders import EVAL, FolderSource, open_folder
 from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
@@ -170,6 +170,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
     jax.config.update("jax_compilation_cache_dir", cache)
+    checkpoint.quiet()
     try:
         main(sys.argv[1:])
     except UserError as error:

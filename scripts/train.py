@@ -279,4 +279,5 @@ def repeat(config: Any, path: pathlib.Path) -> None:
 if __name__ == "__main__":
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
     jax.config.update("jax_compilation_cache_dir", cache)
+    checkpoint.quiet()
     config_lib.run(main, joined)

@@ -1,5 +1,6 @@
 """Reading the files of clips that have passed the checks."""
 
+import abc
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -46,7 +47,7 @@ def read_file(path: AnyPath) -> bytes:
         raise UserError(f"{path} cannot be read ({error}): copy or extract it again") from error
 
 
-class FileSource:
+class FileSource(abc.ABC):
     """What sources of picture files have in common. They differ in where masks come from."""
 
     def __init__(self, name: str, clips: Sequence[tuple[Files, Video]], notes: list[str]) -> None:
@@ -62,13 +63,13 @@ class FileSource:
         """Name, length and size of a clip."""
         return self._clips[index][1]
 
+    @abc.abstractmethod
     def objects(self, index: int, frame: int) -> tuple[int, ...]:
         """Ids of the objects visible on a frame, ascending.
 
         Raises:
             UserError: a mask cannot be read or decoded.
         """
-        raise NotImplementedError
 
     def read(
         self, index: int, frames: Sequence[int], objects: Sequence[int]
@@ -97,5 +98,6 @@ class FileSource:
         files = self._clips[index][0]
         return read_file(files.frame_dir / files.frames[frame])
 
+    @abc.abstractmethod
     def _masks(self, index: int, frame: int, objects: Sequence[int]) -> Bool[np.ndarray, "o h w"]:
-        raise NotImplementedError
+        """Of some objects of a frame, in the order asked for."""
