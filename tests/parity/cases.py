@@ -3,7 +3,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,11 +53,14 @@ class Chosen:
             if other := self.others[i]:
                 yield other
 
-    def in_order(self, i: int) -> Run | None:
-        """In float32 in one of its orders of summation; None if it takes another decision."""
+    def in_order(self, i: int, use: Callable[[Run], Any] = lambda run: run) -> Any | None:
+        """`use` of it in float32 in one of its orders of summation.
+
+        None if it takes another decision.
+        """
         with reordered(i):
             run = train_forward(self.model, self.batch, self.plan, self.run.drawn)
-        return run if is_firm(run, self.exact, self.batch, times=1.0) else None
+            return use(run) if is_firm(run, self.exact, self.batch, times=1.0) else None
 
 
 def make_plan(t: int, cond=(0,), corrected=(), box=(), points=False, from_truth=()) -> PromptPlan:

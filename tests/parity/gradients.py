@@ -104,17 +104,19 @@ def gradient(model: torch.nn.Module, loss: torch.Tensor, keep: bool = False) -> 
     """Of every parameter that has one; `keep` the graph for another."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
-    return {n: g.double().numpy() for n, g in zip(names, grads, strict=True) if g is not None}
+    return {n: g.numpy() for n, g in zip(names, grads, strict=True) if g is not None}
 
 
 class Truth:
     """The reference's gradient in float64, and its own error in float32.
 
-    Gates are tried where a parameter's gradient is off by more than `near`.
+    Gates are tried where a parameter's gradient is off by more than the median may be. `hurried`,
+    only where the reference's float32, in whichever order, is not off by half as much with gates of
+    its own turned: a clip of a large model takes minutes to turn them all.
     """
 
-    def __init__(self, chosen: Chosen, near: float = tolerances.GRADIENT_MEDIAN):
-        self.chosen, self.near = chosen, near
+    def __init__(self, chosen: Chosen, hurried: bool = False):
+        self.chosen, self.hurried = chosen, hurried
 
         def of(model) -> Gradient:
             run = train_forward(model, chosen.batch, chosen.plan, chosen.run.drawn)
@@ -145,23 +147,23 @@ class Truth:
         for i in range(1 + tolerances.ORDERS):
             if i == len(self.known):
                 found = self.rounded if i == 0 else self.in_order(i - 1)
-                self.known.append(self.errors(found, self.nearest(found)[0]) if found else None)
+                truth = found and (self.exact if self.hurried else self.nearest(found)[0])
+                self.known.append(self.errors(found, truth) if found and truth else None)
             if known := self.known[i]:
                 yield known
 
     def in_order(self, i: int) -> Gradient | None:
         """In float32 in one of its orders of summation; None if it takes another decision."""
-        run = self.chosen.in_order(i)
-        return run and gradient(self.chosen.model, run.losses["core_loss"])
+        return self.chosen.in_order(
+            i, lambda run: gradient(self.chosen.model, run.losses["core_loss"])
+        )
 
     def nearest(self, ours: Gradient) -> tuple[Gradient, int]:
         """The exact gradient, with those gates in doubt turned that bring it nearest to ours.
 
         Returns also how many were turned: none where rounding alone explains the difference.
         """
-        plain = self.errors(ours, self.exact)
-        is_near = max(plain.relative.values()) <= self.near
-        if is_near and plain.median() <= tolerances.GRADIENT_MEDIAN:
+        if self.is_rounding(self.errors(ours, self.exact)):
             return self.exact, 0
         if self.turned is None:
             self.turned = self.turn_each()
@@ -178,6 +180,21 @@ class Truth:
         if gates not in self.by_gates:
             self.by_gates[gates] = self.with_turned(gates)
         return self.by_gates[gates], len(gates)
+
+    def is_rounding(self, plain: "Errors") -> bool:
+        """Whether no gate needs to be turned to explain these errors."""
+        if not self.hurried:
+            return max(plain.relative.values()) <= tolerances.GRADIENT_MEDIAN
+        noise, median = dict.fromkeys(plain.relative, 0.0), 0.0
+        for own in self.own():
+            noise = {name: max(x, own.relative[name]) for name, x in noise.items()}
+            median = max(median, own.median())
+            if plain.median() <= max(tolerances.GRADIENT_MEDIAN, tolerances.OWN * median) and all(
+                error <= max(tolerances.GRADIENT, tolerances.OWN * noise[name])
+                for name, error in plain.relative.items()
+            ):
+                return True
+        return False
 
     def sampled(self, g: Gradient) -> np.ndarray:
         """Some elements of every parameter that has a gradient, in units of its norm.
@@ -230,7 +247,7 @@ class Truth:
 
 def norm(arrays) -> float:
     """Euclidean, of all together."""
-    return float(np.sqrt(sum(np.sum(np.square(x)) for x in arrays)))
+    return float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in arrays)))
 
 
 class Errors(NamedTuple):

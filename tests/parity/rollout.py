@@ -2,12 +2,14 @@
 # pyright: reportMissingImports=false
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
 import training.model.sam2
+from torch.utils.checkpoint import checkpoint
 from training.loss_fns import MultiStepMultiMasksAndIous
 from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaData
 
@@ -127,7 +129,7 @@ def train_forward(
 
         return mock.patch.object(training.model.sam2, name, sample)
 
-    with sampler("get_next_point"), sampler("sample_box_points"):
+    with sampler("get_next_point"), sampler("sample_box_points"), blocks_recomputed(model):
         backbone = model.prepare_prompt_inputs(model.forward_image(clips.flat_img_batch), clips)
         outputs: Any = model.forward_tracking(backbone, clips, return_dict=True)
     assert not script.answers and not given
@@ -135,6 +137,21 @@ def train_forward(
     frames = [by_frame[i] for i in range(clips.num_frames)]
     order = backbone["init_cond_frames"] + backbone["frames_not_in_init_cond"]
     return Run(frames, loss_of(frames, clips.masks), sort_out(in_order, plan, order, clips.masks))
+
+
+@contextlib.contextmanager
+def blocks_recomputed(model: Reference):
+    """Within it what the trunk's blocks compute is not kept for gradients but computed again.
+
+    Of the largest model in float64 eight small frames would take ten gigabytes. Blocks with a
+    maximum in them are left alone: see gradients.py, which counts those.
+    """
+    with contextlib.ExitStack() as stack:
+        for block in model.image_encoder.trunk.blocks:
+            if not block.q_stride:
+                again = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                stack.enter_context(mock.patch.object(block, "forward", again))
+        yield
 
 
 def loss_of(frames: list[dict], masks: torch.Tensor) -> dict[str, torch.Tensor]:

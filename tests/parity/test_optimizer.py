@@ -126,7 +126,12 @@ def make_ours(model, variant: str):
 
 
 def choose(
-    base: reference.Reference, case: Case, seed: int, side: int, near: float, most: tuple[int, int]
+    base: reference.Reference,
+    case: Case,
+    seed: int,
+    side: int,
+    hurried: bool,
+    most: tuple[int, int],
 ) -> tuple[Chosen, Truth]:
     """A clip whose gradient float32 knows, or the one of several where it knows it best.
 
@@ -135,7 +140,7 @@ def choose(
     """
     best, (most_clips, runs) = None, most
     for chosen in itertools.islice(clips(base, case, seed, side), most_clips):
-        truth = Truth(chosen, near)
+        truth = Truth(chosen, hurried)
         error = max(x.median() for x in itertools.islice(truth.own(), runs))
         if best is None or error < best[0]:
             best = error, chosen, truth
@@ -145,7 +150,7 @@ def choose(
     return best[1:]
 
 
-def test_ten_steps(make_pair, step, seed, resolution, is_nano, near):
+def test_ten_steps(make_pair, step, seed, resolution, is_nano, hurried):
     """Each step starts from the weights where the reference's float64 stands.
 
     The moments are everyone's own throughout. The weights are not: some gradients are nothing but
@@ -162,7 +167,7 @@ def test_ten_steps(make_pair, step, seed, resolution, is_nano, near):
     most = (CLIPS, RUNS) if is_nano else (CLIPS_OF_LARGE, RUNS_OF_LARGE)
     for k, case in enumerate(cases(FRAMES if is_nano else FRAMES_OF_LARGE)):
         case = case if is_nano else case._replace(valid=[[1, 1]])
-        chosen, truth = choose(current, case, 1000 * seed + k, resolution, near, most)
+        chosen, truth = choose(current, case, 1000 * seed + k, resolution, hurried, most)
         params = converted(chosen.model, pair.params)
         prompts = prompts_of(chosen.run.drawn, chosen.batch)
         *_, grads = step(pair.model, params, chosen.batch, chosen.plan, prompts)
