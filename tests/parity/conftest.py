@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests.parity import compare, tolerances
+from tests.parity import compare
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("torch", "sam2", "training"))
 collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
