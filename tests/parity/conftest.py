@@ -125,12 +125,6 @@ def step(is_nano):
     return make_step("none" if is_nano else "frame")
 
 
-@pytest.fixture(scope="session")
-def hurried(is_nano) -> bool:
-    """Whether gates are turned only as a last resort (`Truth`): with large models it takes long."""
-    return not is_nano
-
-
 @pytest.fixture
 def rng(seed) -> np.random.Generator:
     return np.random.default_rng(seed)

@@ -9,7 +9,7 @@ be that of the reference with some of those very gates (and no others) turned.
 # pyright: reportMissingImports=false
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,78 +17,104 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from tests.parity import tolerances
+from tests.parity import reference, tolerances
 from tests.parity.cases import Chosen
 from tests.parity.compare import judge, record
 from tests.parity.rollout import float64, train_forward
 
-SAMPLED = 4096  # elements of a parameter's gradient by which gates are chosen, at random
 Gradient = dict[str, np.ndarray]
-Gate = tuple[int, int]  # the call, and the place in its input
+Gate = tuple[int, int]  # the call, and the place in its output
 
 
 class Relu(torch.autograd.Function):
     """A ReLU whose gates can be turned after the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x, gate):
-        ctx.gate = gate
-        return x * gate
+    def forward(ctx: Any, x, gates, call):
+        ctx.gates, ctx.call = gates, call
+        return x * gates.states[call]
 
     @staticmethod
     def backward(ctx: Any, *grads):
-        return grads[0] * ctx.gate, None
+        ctx.gates.flows[ctx.call] = grads[0]
+        return grads[0] * ctx.gates.states[ctx.call], None, None
 
 
 class Largest(torch.autograd.Function):
     """The largest of the last axis; which one gets the gradient can be changed afterwards."""
 
     @staticmethod
-    def forward(ctx: Any, x, index):
-        ctx.index, ctx.size = index, x.shape[-1]
-        return x.gather(-1, index)[..., 0]
+    def forward(ctx: Any, x, gates, call):
+        ctx.gates, ctx.call, ctx.size = gates, call, x.shape[-1]
+        return x.gather(-1, gates.states[call][..., :1])[..., 0]
 
     @staticmethod
     def backward(ctx: Any, *grads):
-        return functional.one_hot(ctx.index[..., 0], ctx.size) * grads[0][..., None], None
+        ctx.gates.flows[ctx.call] = grads[0]
+        first = ctx.gates.states[ctx.call][..., 0]
+        return functional.one_hot(first, ctx.size) * grads[0][..., None], None, None
+
+
+class Effect(NamedTuple):
+    """What turning a gate adds to the gradient of one row of the weights just before it."""
+
+    gate: Gate
+    weight: str
+    row: int
+    change: np.ndarray
 
 
 class Gates:
-    """The ReLUs and 2 x 2 maxima of one forward pass, in the order of calls."""
+    """The ReLUs and 2 x 2 maxima of one forward pass, in the order of calls.
+
+    In the reference each reads what a linear layer wrote.
+    """
 
     def __init__(self):
         self.distances: list[torch.Tensor] = []  # of each gate's input from where it turns
-        self.states: list[tuple[torch.Tensor, torch.Tensor]] = []  # as it is, and turned
+        # Of a ReLU whether it is open, of a maximum the places of the largest and the next
+        self.states: list[torch.Tensor] = []
+        self.sources: list[tuple[torch.Tensor, torch.Tensor]] = []  # the layer's input and weights
+        self.flows: dict[int, torch.Tensor] = {}  # gradient of each gate's output
+        self.layer = (torch.zeros(0), torch.zeros(0))  # input and weights of the last one
 
     def relu(self, x, inplace=False):
-        gate = (x.detach() > 0).to(x.dtype).contiguous()
-        self.distances.append(x.detach().abs().clone())
-        self.states.append((gate, 1 - gate))
-        return Relu.apply(x, gate)
+        assert x.shape == (*self.layer[0].shape[:-1], len(self.layer[1]))
+        self.distances.append(x.detach().abs())
+        self.states.append(x.detach() > 0)
+        self.sources.append(self.layer)
+        return Relu.apply(x, self, len(self.states) - 1)
 
     def max_pool2d(self, x, *args, **kwargs):
         n, c, h, w = x.shape
+        assert (n, h, w) == self.layer[0].shape[:-1] and c <= len(self.layer[1])
         cut = x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(n, c, h // 2, 2, w // 2, 2)
         windows = cut.transpose(3, 4).flatten(-2)
-        order = windows.detach().argsort(dim=-1, descending=True, stable=True)
-        two = windows.detach().gather(-1, order[..., :2])
+        two = windows.detach().topk(2).values
         gap = two[..., 0] - two[..., 1]
         # Equal numbers come of equal inputs (padding), and whichever it is makes no difference
-        self.distances.append(torch.where(gap > 0, gap, torch.inf)[..., None])
-        first, second = order[..., :1].contiguous(), order[..., 1:2].contiguous()
-        self.states.append((first, second))
-        return Largest.apply(windows, first)
+        self.distances.append(torch.where(gap > 0, gap, torch.inf))
+        order = windows.detach().argsort(dim=-1, descending=True, stable=True)
+        self.states.append(order[..., :2].contiguous())
+        self.sources.append(self.layer)
+        return Largest.apply(windows, self, len(self.states) - 1)
 
     @contextlib.contextmanager
     def watch(self, model: torch.nn.Module):
         """Within it the model's ReLUs and maxima are these."""
-        relu = functional.relu
+        relu, product = functional.relu, functional.linear
         holders: list[Any] = [m for m in model.modules() if getattr(m, "activation", 0) is relu]
+
+        def linear(x, weight, bias=None):
+            self.layer = (x.detach(), weight)
+            return product(x, weight, bias)
+
         for module in holders:
             module.activation = self.relu
         with (
             mock.patch.object(functional, "relu", self.relu),
             mock.patch.object(functional, "max_pool2d", self.max_pool2d),
+            mock.patch.object(functional, "linear", linear),
         ):
             yield
         for module in holders:
@@ -96,40 +122,77 @@ class Gates:
 
     def turn(self, call: int, index: int) -> None:
         """Exchange one gate's state for the other."""
-        now, other = (x.view(-1) for x in self.states[call])
-        now[index], other[index] = other[index].clone(), now[index].clone()
+        states = self.states[call]
+        if states.dtype == torch.bool:
+            states.view(-1)[index] ^= True
+        else:
+            places = states.view(-1, 2)
+            places[index] = places[index].flip(0)
+
+    def effects(
+        self, call: int, where: torch.Tensor, names: dict[int, str], whole: Gradient
+    ) -> Iterator[Effect]:
+        """Of turning each of a call's gates on the gradient; not of the negligible.
+
+        `names` of the weights by their `id`.
+        """
+        if call not in self.flows:  # no loss reads it
+            return
+        (x, weight), states, flow = self.sources[call], self.states[call], self.flows[call]
+        through = flow.reshape(-1)[where]
+        if states.dtype == torch.bool:
+            token, row = where // len(weight), where % len(weight)
+            change = x.reshape(-1, x.shape[-1])[token]
+            change = change * torch.where(states.view(-1)[where], -through, through)[:, None]
+        else:
+            n, row, *at = torch.unravel_index(where, flow.shape)
+            first, second = (
+                x[n, 2 * at[0] + place // 2, 2 * at[1] + place % 2]
+                for place in states.view(-1, 2)[where].T
+            )
+            change = (second - first) * through[:, None]
+        name = names[id(weight)]
+        heard = change.norm(dim=1) > tolerances.WORTHWHILE * norm([whole[name]])
+        for i in heard.nonzero()[:, 0].tolist():
+            yield Effect((call, int(where[i])), name, int(row[i]), change[i].numpy())
 
 
-def gradient(model: torch.nn.Module, loss: torch.Tensor, keep: bool = False) -> Gradient:
-    """Of every parameter that has one; `keep` the graph for another."""
+def gradient(model: torch.nn.Module, loss: torch.Tensor) -> Gradient:
+    """Of every parameter that has one."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    grads = torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     return {n: g.numpy() for n, g in zip(names, grads, strict=True) if g is not None}
 
 
 class Truth:
-    """The reference's gradient in float64, and its own error in float32.
+    """The reference's gradient in float64, and its own error in float32."""
 
-    Gates are tried where a parameter's gradient is off by more than the median may be. `hurried`,
-    only where the reference's float32, in whichever order, is not off by half as much with gates of
-    its own turned: a clip of a large model takes minutes to turn them all.
-    """
-
-    def __init__(self, chosen: Chosen, hurried: bool = False):
-        self.chosen, self.hurried = chosen, hurried
-
-        def of(model) -> Gradient:
-            run = train_forward(model, chosen.batch, chosen.plan, chosen.run.drawn)
-            return gradient(model, run.losses["core_loss"])
-
+    def __init__(self, chosen: Chosen):
+        self.chosen = chosen
+        rounded, gates = Gates(), Gates()
+        self.rounded = self.watched(chosen.model, rounded)
         with float64():
-            self.exact = of(chosen.exact_model)
-        self.rounded = of(chosen.model)
+            self.exact = self.watched(chosen.exact_model, gates)
         assert self.exact.keys() == self.rounded.keys()
         self.total = norm(self.exact.values())
         self.known: list[Errors | None] = []  # of runs in float32
-        self.turned: dict[Gate, np.ndarray] | None = None  # what turning each in doubt adds
         self.by_gates = {frozenset[Gate](): self.exact}  # gradients by the gates that are turned
+        self.doubtful: dict[tuple[str, int], list[Effect]] = {}  # by weight and row
+        names = {id(x): name for name, x in chosen.exact_model.named_parameters()}
+        for call, (mine, true) in enumerate(zip(rounded.distances, gates.distances, strict=True)):
+            difference = (mine.double() - true).abs().nan_to_num(0.0, posinf=0.0)
+            close_by = true.flatten() <= tolerances.OWN * difference.max()
+            for effect in gates.effects(call, close_by.nonzero()[:, 0], names, self.exact):
+                self.doubtful.setdefault((effect.weight, effect.row), []).append(effect)
+
+    def watched(self, model: reference.Reference, gates: Gates, turned=()) -> Gradient:
+        """The gradient with some gates turned; `gates` keeps what passed them."""
+        c = self.chosen
+        with gates.watch(model):
+            run = train_forward(model, c.batch, c.plan, c.run.drawn)
+            for at in turned:
+                gates.turn(*at)
+            return gradient(model, run.losses["core_loss"])
 
     def errors(self, found: Gradient, truth: Gradient) -> "Errors":
         """How far a gradient is from `truth`: this one, or that with gates turned."""
@@ -147,8 +210,7 @@ class Truth:
         for i in range(1 + tolerances.ORDERS):
             if i == len(self.known):
                 found = self.rounded if i == 0 else self.in_order(i - 1)
-                truth = found and (self.exact if self.hurried else self.nearest(found)[0])
-                self.known.append(self.errors(found, truth) if found and truth else None)
+                self.known.append(self.errors(found, self.nearest(found)[0]) if found else None)
             if known := self.known[i]:
                 yield known
 
@@ -158,91 +220,30 @@ class Truth:
             i, lambda run: gradient(self.chosen.model, run.losses["core_loss"])
         )
 
-    def nearest(self, ours: Gradient) -> tuple[Gradient, int]:
-        """The exact gradient, with those gates in doubt turned that bring it nearest to ours.
+    def nearest(self, found: Gradient) -> tuple[Gradient, int]:
+        """The exact gradient with those gates in doubt turned that `found` turned, and how many.
 
-        Returns also how many were turned: none where rounding alone explains the difference.
+        None where rounding alone explains the difference. A turned gate shows in one row of the
+        weights before it, where it stands out from rounding, which is in all rows.
         """
-        if self.is_rounding(self.errors(ours, self.exact)):
+        plain = self.errors(found, self.exact)
+        if max(plain.relative.values()) <= tolerances.GRADIENT_MEDIAN:
             return self.exact, 0
-        if self.turned is None:
-            self.turned = self.turn_each()
-        residual = self.sampled(ours) - self.sampled(self.exact)
-        left, chosen = dict(self.turned), []
-        while left:
-            nearest = min(left, key=lambda gate: np.linalg.norm(residual - left[gate]))
-            after = residual - left.pop(nearest)
-            if np.linalg.norm(after) > tolerances.WORTHWHILE * np.linalg.norm(residual):
-                break
-            residual = after
-            chosen.append(nearest)
-        gates = frozenset(chosen)
+        turned = set[Gate]()
+        for (weight, row), effects in self.doubtful.items():
+            residual, left = found[weight][row] - self.exact[weight][row], list(effects)
+            while left:
+                after = [residual - effect.change for effect in left]
+                best = int(np.argmin([np.linalg.norm(x) for x in after]))
+                if np.linalg.norm(after[best]) > tolerances.EXPLAINS * np.linalg.norm(residual):
+                    break
+                residual = after[best]
+                turned.add(left.pop(best).gate)
+        gates = frozenset(turned)
         if gates not in self.by_gates:
-            self.by_gates[gates] = self.with_turned(gates)
+            with float64():
+                self.by_gates[gates] = self.watched(self.chosen.exact_model, Gates(), gates)
         return self.by_gates[gates], len(gates)
-
-    def is_rounding(self, plain: "Errors") -> bool:
-        """Whether no gate needs to be turned to explain these errors."""
-        if not self.hurried:
-            return max(plain.relative.values()) <= tolerances.GRADIENT_MEDIAN
-        noise, median = dict.fromkeys(plain.relative, 0.0), 0.0
-        for own in self.own():
-            noise = {name: max(x, own.relative[name]) for name, x in noise.items()}
-            median = max(median, own.median())
-            if plain.median() <= max(tolerances.GRADIENT_MEDIAN, tolerances.OWN * median) and all(
-                error <= max(tolerances.GRADIENT, tolerances.OWN * noise[name])
-                for name, error in plain.relative.items()
-            ):
-                return True
-        return False
-
-    def sampled(self, g: Gradient) -> np.ndarray:
-        """Some elements of every parameter that has a gradient, in units of its norm.
-
-        Which gates to turn shows in these; whole gradients of forty gates are too many to hold.
-        """
-        found = []
-        for name, x in self.exact.items():
-            scale = float(np.linalg.norm(x))
-            if scale > max(tolerances.NO_GRADIENT * self.total, 1e-30):
-                flat = g[name].ravel()
-                if x.size > SAMPLED:
-                    flat = flat[np.random.default_rng(0).integers(x.size, size=SAMPLED)]
-                found.append(flat * ((x.size / len(flat)) ** 0.5 / scale))
-        return np.concatenate(found)
-
-    def with_turned(self, chosen: Iterable[Gate]) -> Gradient:
-        """The exact gradient with some gates turned."""
-        gates, c = Gates(), self.chosen
-        with float64(), gates.watch(c.exact_model):
-            run = train_forward(c.exact_model, c.batch, c.plan, c.run.drawn)
-            for at in chosen:
-                gates.turn(*at)
-            return gradient(c.exact_model, run.losses["core_loss"])
-
-    def turn_each(self) -> dict[Gate, np.ndarray]:
-        """What turning each gate that float32 cannot tell adds to `sampled` of the exact one."""
-        c = self.chosen
-        rounded, counted, exact = Gates(), Gates(), Gates()
-        with rounded.watch(c.model), torch.no_grad():
-            train_forward(c.model, c.batch, c.plan, c.run.drawn)
-        with float64(), counted.watch(c.exact_model), torch.no_grad():
-            train_forward(c.exact_model, c.batch, c.plan, c.run.drawn)
-        doubtful = []
-        for call, (mine, true) in enumerate(zip(rounded.distances, counted.distances, strict=True)):
-            difference = (mine.double() - true).abs().nan_to_num(0.0, posinf=0.0)
-            close_by = true.flatten() <= tolerances.OWN * difference.max()
-            doubtful += [(call, int(i)) for i in close_by.nonzero()]
-        if len(doubtful) > tolerances.MOST_GATES:
-            return {}
-        with float64(), exact.watch(c.exact_model):
-            loss = train_forward(c.exact_model, c.batch, c.plan, c.run.drawn).losses["core_loss"]
-            found, before = {}, self.sampled(self.exact)
-            for at in doubtful:
-                exact.turn(*at)
-                found[at] = self.sampled(gradient(c.exact_model, loss, keep=True)) - before
-                exact.turn(*at)
-        return found
 
 
 def norm(arrays) -> float:
@@ -284,6 +285,7 @@ def compare_gradients(truth: Truth, ours: Gradient, part: str = "gradient") -> C
     own = (x.median() for x in truth.own())
     judge(f"{part}, median", found.median(), tolerances.GRADIENT_MEDIAN, own)
     record(f"{part}: gates turned", float(turned), float(tolerances.MOST_GATES))
+    assert turned <= tolerances.MOST_GATES
     rounded = truth.nearest(truth.rounded)[0]
     largest = {
         name: float(

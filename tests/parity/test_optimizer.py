@@ -130,7 +130,6 @@ def choose(
     case: Case,
     seed: int,
     side: int,
-    hurried: bool,
     most: tuple[int, int],
 ) -> tuple[Chosen, Truth]:
     """A clip whose gradient float32 knows, or the one of several where it knows it best.
@@ -140,7 +139,7 @@ def choose(
     """
     best, (most_clips, runs) = None, most
     for chosen in itertools.islice(clips(base, case, seed, side), most_clips):
-        truth = Truth(chosen, hurried)
+        truth = Truth(chosen)
         error = max(x.median() for x in itertools.islice(truth.own(), runs))
         if best is None or error < best[0]:
             best = error, chosen, truth
@@ -150,7 +149,7 @@ def choose(
     return best[1:]
 
 
-def test_ten_steps(make_pair, step, seed, resolution, is_nano, hurried):
+def test_ten_steps(make_pair, step, seed, resolution, is_nano):
     """Each step starts from the weights where the reference's float64 stands.
 
     The moments are everyone's own throughout. The weights are not: some gradients are nothing but
@@ -167,7 +166,7 @@ def test_ten_steps(make_pair, step, seed, resolution, is_nano, hurried):
     most = (CLIPS, RUNS) if is_nano else (CLIPS_OF_LARGE, RUNS_OF_LARGE)
     for k, case in enumerate(cases(FRAMES if is_nano else FRAMES_OF_LARGE)):
         case = case if is_nano else case._replace(valid=[[1, 1]])
-        chosen, truth = choose(current, case, 1000 * seed + k, resolution, hurried, most)
+        chosen, truth = choose(current, case, 1000 * seed + k, resolution, most)
         params = converted(chosen.model, pair.params)
         prompts = prompts_of(chosen.run.drawn, chosen.batch)
         *_, grads = step(pair.model, params, chosen.batch, chosen.plan, prompts)

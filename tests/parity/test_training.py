@@ -44,17 +44,17 @@ VERSION_2_0 = ("mask2", "point12")
 
 
 @pytest.mark.parametrize("name", [*CASES, *IMAGES, *LONG])
-def test_training_pass(make_pair, step, seed, resolution, is_nano, hurried, name):
-    compare(make_pair("2.1"), step, name, seed, resolution, is_nano, hurried)
+def test_training_pass(make_pair, step, seed, resolution, is_nano, name):
+    compare(make_pair("2.1"), step, name, seed, resolution, is_nano)
 
 
 @pytest.mark.parametrize("name", VERSION_2_0)
-def test_training_pass_of_version_2_0(make_pair, step, seed, resolution, is_nano, hurried, name):
-    compare(make_pair("2.0"), step, name, seed, resolution, is_nano, hurried, "2.0: ")
+def test_training_pass_of_version_2_0(make_pair, step, seed, resolution, is_nano, name):
+    compare(make_pair("2.0"), step, name, seed, resolution, is_nano, "2.0: ")
 
 
-def compare(pair, step, name, seed, resolution, is_nano, hurried, prefix=""):
-    """Outputs, losses and gradients; `hurried` as `Truth` says."""
+def compare(pair, step, name, seed, resolution, is_nano, prefix=""):
+    """Outputs, losses and gradients."""
     case = (CASES | IMAGES | LONG)[name]
     if not is_nano:  # one video of two objects is enough to wait for
         case = case._replace(valid=[[1, 1]])
@@ -67,7 +67,7 @@ def compare(pair, step, name, seed, resolution, is_nano, hurried, prefix=""):
     for i in range(case.frames):
         compare_frame(jax.tree.map(lambda x, i=i: x[i], out), chosen, i, prefix)
     compare_losses({"core_loss": total, **terms}, chosen, prefix)
-    compare_gradients(Truth(chosen, hurried), convert.to_reference(grads), f"{prefix}gradient")
+    compare_gradients(Truth(chosen), convert.to_reference(grads), f"{prefix}gradient")
 
 
 def check_both_ways(chosen: Chosen):

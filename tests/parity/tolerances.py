@@ -57,11 +57,12 @@ RATIO = 1.5
 DIFFERS = 1e-4  # the least that the reference must differ, or nothing is compared
 SILENT = 1e-6  # norms below this share of the largest are the rounding of what is zero
 
-# Gates whose input float32 cannot tell from where they turn (see gradients.py): how many a clip
-# may have in doubt, each of which costs a backward pass; and one is turned only if that leaves less
-# than this share of the difference.
+# Gates whose input float32 cannot tell from where they turn (see gradients.py): how many may be
+# turned in one clip; the least that one changes the gradient of the weights before it, of its norm,
+# to be thought of; and the share of a row's difference that it may leave.
 MOST_GATES = 40
-WORTHWHILE = 0.99
+WORTHWHILE = 2e-5
+EXPLAINS = 0.7
 
 # Prompts are drawn, so distributions are compared: the probability with which a test calls equal
 # ones different. A probability that is off by 0.05 is seen in nearly every run, the reach of a
