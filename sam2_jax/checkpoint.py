@@ -29,6 +29,8 @@ from sam2_jax.types import UserError
 
 Tree = Any
 CHECKPOINTS = "checkpoints"
+# Where those go that are no longer kept, in one rename: half deleted they would look like others
+TRASH = "deleted"
 EMA, DATA, CONFIG = "ema", "data", "config"  # items of a checkpoint
 # How the system calls a disk, or a user's share of it, that is full
 FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "Disk quota exceeded"}
@@ -101,8 +103,17 @@ def make_manager(workdir: pathlib.Path, keep: Keep) -> ocp.CheckpointManager:
         best_fn=value if keep.best else None,
         best_mode="min" if keep.lowest else "max",
         cleanup_tmp_directories=True,
+        todelete_subdir=TRASH,
     )
-    return ocp.CheckpointManager((workdir / CHECKPOINTS).resolve(), options=options)
+    folder = (workdir / CHECKPOINTS).resolve()
+    empty_trash(folder)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def empty_trash(folder: pathlib.Path) -> None:
+    """Deletes the checkpoints of a folder that are no longer kept, also of an earlier start."""
+    if jax.process_index() == 0 and (folder / TRASH).is_dir():
+        shutil.rmtree(folder / TRASH)
 
 
 @contextlib.contextmanager
@@ -122,6 +133,7 @@ def opened(workdir: pathlib.Path, keep: Keep) -> Iterator[ocp.CheckpointManager]
     finally:
         with ending(workdir, first):
             manager.close()
+            empty_trash(pathlib.Path(manager.directory))
 
 
 @contextlib.contextmanager
@@ -213,7 +225,9 @@ def save(
         integrity.ITEM: ocp.args.JsonSave(sums),
     }
     manager.wait_until_finished()  # as its `save` would: the last one takes its room
-    check_room(pathlib.Path(manager.directory), trees)
+    folder = pathlib.Path(manager.directory)
+    empty_trash(folder)
+    check_room(folder, trees)
     manager.save(step, args=ocp.args.Composite(**items))
 
 

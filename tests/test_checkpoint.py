@@ -235,3 +235,22 @@ def test_the_settings_are_in_the_checkpoint(saved):
     found = checkpoint.read_settings(saved, 6)
     assert found == {"optim": {"frozen": ["a", "b"]}, "seed": 3}
     assert checkpoint.read_settings(saved, 4) is None
+
+
+def test_one_that_is_no_longer_kept_is_whole_until_it_is_out_of_sight(tmp_path, monkeypatch):
+    trash = tmp_path / "checkpoints" / "deleted"
+    with monkeypatch.context() as patch:  # killed before anything is deleted
+        patch.setattr(checkpoint.shutil, "rmtree", lambda folder: None)
+        with checkpoint.opened(tmp_path, checkpoint.Keep(1)) as manager:
+            for step in (2, 4, 6):
+                checkpoint.save(manager, step, tree(step), tree(step), {})
+    assert checkpoint.steps_of(tmp_path) == [6]
+    for step in (2, 4):
+        params = initial.load_init(trash / str(step), shapes(tree(0)))
+        np.testing.assert_array_equal(params["neck"]["kernel"], np.full((3, 4), float(step)))
+    with checkpoint.opened(tmp_path, checkpoint.Keep(1)) as manager:
+        assert not trash.exists()
+        checkpoint.save(manager, 8, tree(8), tree(8), {})
+        manager.wait_until_finished()
+        checkpoint.save(manager, 10, tree(10), tree(10), {})
+    assert checkpoint.steps_of(tmp_path) == [10] and not trash.exists()
