@@ -76,9 +76,9 @@ def exactly(function: Callable, model: Any) -> Any:
         return function(reference.exact_copy(model))
 
 
-def roundings(function: Callable, model: Any) -> Iterator[Any]:
-    """`function` of the model in float32 as it is, then in other orders of summation."""
-    for i in range(1 + tolerances.ORDERS):
+def roundings(function: Callable, model: Any, first: int = 0) -> Iterator[Any]:
+    """`function` of the model in float32 as it is (0), then in other orders of summation."""
+    for i in range(first, 1 + tolerances.ORDERS):
         with reordered(i - 1) if i else contextlib.nullcontext(), torch.no_grad():
             found = function(model)
         yield found
