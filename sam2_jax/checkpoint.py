@@ -106,6 +106,8 @@ def make_manager(workdir: pathlib.Path, keep: Keep) -> ocp.CheckpointManager:
         todelete_subdir=TRASH,
     )
     folder = (workdir / CHECKPOINTS).resolve()
+    if jax.process_index() == 0:  # what cannot be written to is told of before anything is trained
+        (folder / TRASH).mkdir(parents=True, exist_ok=True)
     empty_trash(folder)
     return ocp.CheckpointManager(folder, options=options)
 

@@ -7,6 +7,7 @@ Whatever the user can mend ends as one line `error: ...` with exit status 2, fla
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import re
 import runpy
@@ -49,7 +50,7 @@ def split_sets(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     Of arguments as `last_of_each` gives them.
 
     Raises:
-        UserError: a name without a folder.
+        UserError: a name without a folder, or with a dot.
     """
     sets, rest = {}, []
     for argument in arguments:
@@ -58,6 +59,9 @@ def split_sets(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             rest.append(argument)
         elif match[2] is None:
             raise UserError(f"--config.eval.sets.{match[1]} names no folder: give it one, =FOLDER")
+        elif "." in match[1]:
+            name = match[1].replace(".", "-")
+            raise UserError(f"--config.eval.sets.{match[1]} has a dot in its name: call it {name}")
         else:
             sets[match[1]] = match[2]
     return sets, rest
@@ -123,8 +127,14 @@ def check_overrides(path: str, arguments: Sequence[str]) -> None:
 
 
 def replay_command(report: pathlib.Path) -> list[str]:
-    """The arguments of the run that wrote a report of a bad step; see replay.py."""
-    return [str(argument) for argument in read_report(report)["command"]]
+    """The arguments of the run that wrote a report of a bad step; see replay.py.
+
+    Goes to the folder where it was started, for the paths among them, if that is here.
+    """
+    found = read_report(report)
+    if (folder := pathlib.Path(str(found.get("folder", ".")))).is_dir():
+        os.chdir(folder)
+    return [str(argument) for argument in found["command"]]
 
 
 def report_of(arguments: Sequence[str]) -> str:
@@ -139,7 +149,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     path, rest = split_arguments(given)
     report = report_of(rest)
     if report and not path:  # what the bad step was started with, this run's own flags last
-        given = [*replay_command(pathlib.Path(report)), *given]
+        file = pathlib.Path(report).resolve()
+        given = [*replay_command(file), *given, f"--replay={file}"]
         path, rest = split_arguments(given)
     wants_help = any(re.fullmatch(r"--?help(full|short|xml)?", argument) for argument in rest)
     if not path and not wants_help:

@@ -247,7 +247,7 @@ def run_loop(
         if done and due(done) and owes_evaluation(workdir, done):
             evaluate(done)
         pending: tuple[int, Metrics, Batch] | None = None
-        close_by = False
+        close_by = 0 < settings.max_skipped <= int(state.skipped)
         for step in range(done + 1, settings.steps + 1):
             asked = time.perf_counter()
             batch = sharding.put_batch(next(batches), mesh)

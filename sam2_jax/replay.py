@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sam2_jax import arrays, reports, sharding, train
+from sam2_jax import arrays, checkpoint, reports, sharding, train
 from sam2_jax.records import plain
 from sam2_jax.train import RandomKey, State, TrainStep
 from sam2_jax.types import Batch, UserError
@@ -80,6 +80,20 @@ def without_places(command: Sequence[str]) -> list[str]:
     return kept
 
 
+def advice(workdir: pathlib.Path, settings: Mapping[str, Any]) -> str:
+    """What to do about such steps that these settings do not do yet."""
+    ways = ["lower optim.learning_rate"]
+    if settings["train"]["precision"] != "float32":
+        ways.append("take train.precision=float32")
+    if settings["train"]["not_finite"] != "skip":
+        ways.append("skip such steps with train.not_finite=skip")
+    last = checkpoint.latest_step(workdir)
+    kept = (
+        "there is no checkpoint yet" if last is None else f"the last checkpoint is of step {last}"
+    )
+    return f"{', or '.join(ways)}; {kept}"
+
+
 def save(
     workdir: pathlib.Path,
     step: int,
@@ -112,6 +126,7 @@ def save(
             "values": {name: plain(value) for name, value in values.items()},
             "clips": list(clips),
             "command": without_places(command),
+            "folder": str(pathlib.Path.cwd()),
             "settings": dict(settings),
             "processes": jax.process_count(),
             "exact": exact,
@@ -121,19 +136,25 @@ def save(
     multihost_utils.sync_global_devices("what repeats the step is written")
     return UserError(
         f"step {step} is not finite ({', '.join(wrong[:4])}) on the clips {', '.join(clips[:4])}: "
-        f"repeat it with scripts/train.py --replay={folder / REPORT}; then lower "
-        "optim.learning_rate, take train.precision=float32, or skip such steps with "
-        "train.not_finite=skip; the last checkpoint is from before"
+        f"repeat it with scripts/train.py --replay={folder / REPORT}; then "
+        + advice(workdir, settings)
     )
 
 
 def repeat(
-    path: pathlib.Path, step_fn: TrainStep, like: State, mesh: Mesh, run_key: RandomKey
+    path: pathlib.Path,
+    step_fn: TrainStep,
+    like: State,
+    mesh: Mesh,
+    run_key: RandomKey,
+    loops: bool = False,
 ) -> dict[str, float]:
     """Runs the step again, checking for NaN; its metrics.
 
-    Raises FloatingPointError, with a traceback into the computation, where a NaN first appears,
-    `UserError` where what was saved cannot be read, or not by so many processes.
+    Raises FloatingPointError where a NaN first appears, with a traceback into the computation: of a
+    loop (over frames, micro-batches) as a whole, or, with `loops`, of each operation in it, which
+    are then run one by one; `UserError` where what was saved cannot be read, or not by so many
+    processes.
     """
     folder = path.resolve().parent
     batch = read_batch(path)
@@ -144,7 +165,7 @@ def repeat(
     run_key = jax.jit(lambda key: key, out_shardings=everywhere)(run_key)
     # Not donated: where a NaN is found the step is run again, operation by operation
     step = jax.jit(step_fn, out_shardings=(train.state_shardings(like, mesh), everywhere))
-    with jax.debug_nans(True):
+    with jax.debug_nans(True), jax.disable_jit(loops):
         _, metrics = step(state, sharding.put_batch(batch, mesh), run_key)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 

@@ -6,6 +6,9 @@ import os
 import pathlib
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import IO
 
@@ -16,6 +19,7 @@ from sam2_jax.types import UserError
 
 STOPPED = 75  # exit status of a run that saved and may be started again (EX_TEMPFAIL)
 LOCK = ".lock"
+PATIENCE = 3.0  # seconds in which a signal's handler may begin
 # Of file systems without locks: Lustre mounted without flock, some NFS
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -38,20 +42,52 @@ def end_until_asked_otherwise() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    watch(lambda: True)
+
+
+def watch(may_end: Callable[[], bool]) -> None:
+    """From now on SIGTERM and SIGINT end this process wherever it is, if `may_end` says so then.
+
+    For Python calls a handler between two of its own instructions only: while XLA compiles, which
+    takes minutes, never, and schedulers do not wait for so long. To be called in the main thread;
+    takes the place of an earlier call.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    earlier = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    if earlier >= 0:
+        os.close(earlier)  # which ends its thread
+
+    def wait() -> None:
+        with open(reading, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] in (signal.SIGTERM, signal.SIGINT):
+                    time.sleep(PATIENCE)
+                    if may_end():
+                        name = signal.Signals(number[0]).name
+                        print(f"asked to end ({name}) while all is saved", file=sys.stderr)
+                        sys.stderr.flush()
+                        os._exit(STOPPED)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 class Request:
     """Notes SIGTERM (a scheduler's warning) and SIGINT, to be asked about after every step.
 
-    The second signal of a kind ends the process at once. With several processes JAX's own
-    preemption service watches for SIGTERM, and settles with the others after which step all stop.
+    The second signal of a kind ends the process at once. So does the first, but for a few seconds,
+    while `is_saved`: true from the start, when nothing was trained yet, to the end of a step, and
+    to be set again when all is. With several processes JAX's own preemption service watches for
+    SIGTERM, and settles with the others after which step all stop.
     """
 
     def __init__(self):
         self._asked = False
+        self.is_saved = True
         if jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._note)
+            watch(lambda: self.is_saved)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -65,6 +101,7 @@ class Request:
 
     def __call__(self, step: int) -> bool:
         """Whether to save and end after this step; the same answer on all processes."""
+        self.is_saved = False
         if jax.process_count() == 1:
             return self._asked
         return multihost_utils.reached_preemption_sync_point(step)

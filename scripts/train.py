@@ -191,6 +191,7 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
         def evaluation(state: train.State, step: int) -> dict[str, float]:
             with checkpoint.writing(run.workdir):
                 manager.wait_until_finished()  # an evaluation may end this process
+            request.is_saved = True
             params = train.best_params(state)
             if config.lora.rules:
                 params = merge(params)
@@ -270,8 +271,17 @@ def repeat(config: Any, path: pathlib.Path) -> None:
     if not report.get("exact", True):
         say("note: the parameters are those after the step that followed, which was finite")
     step_fn = recipe.make_config_step(config, run.model, run.optimizer, run.mesh)
-    key = jax.random.key(config.seed)
-    metrics = replay.repeat(path, step_fn, run.like, run.mesh, key)
+    again = functools.partial(
+        replay.repeat, path, step_fn, run.like, run.mesh, jax.random.key(config.seed)
+    )
+    try:
+        metrics = again()
+    except FloatingPointError as error:
+        say(
+            f"{error}\nonce more, operation by operation, to find the first: this takes minutes ..."
+        )
+        again(loops=True)
+        raise
     table([(name, f"{value:g}") for name, value in metrics.items()])
     say("no operation made a NaN; an infinity is among the numbers above, or it was the hardware")
 

@@ -14,6 +14,7 @@ from sam2_jax import replay, sharding
 
 STEP = 3
 KEY = 7
+SETTINGS = {"train": {"precision": "float32", "not_finite": "skip"}}
 
 
 def main(folder: pathlib.Path, address: str, processes: int, process: int) -> None:
@@ -42,7 +43,7 @@ def main(folder: pathlib.Path, address: str, processes: int, process: int) -> No
     values = {name: float(value) for name, value in metrics.items()}
     values["skipped_in_a_row"] = float(bad["skipped_in_a_row"])
     command = ["--x=1", f"--process_id={process}", "--num_processes", "2"]
-    replay.save(folder, STEP, state, share(STEP), values, ["a"], command, {})
+    replay.save(folder, STEP, state, share(STEP), values, ["a"], command, SETTINGS)
     path = folder / replay.BAD / str(STEP) / replay.REPORT
     again = replay.repeat(path, step, like, mesh, jax.random.key(KEY))
     assert again["loss"] == values["loss"], (again, values)

@@ -130,6 +130,8 @@ def test_what_is_no_evaluation_set():
     assert config_lib.split_sets(["--config.eval.sets.a=b", "-c"]) == ({"a": "b"}, ["-c"])
     with pytest.raises(UserError, match="eval.sets.far names no folder"):
         config_lib.split_sets(["--config.eval.sets.far"])
+    with pytest.raises(UserError, match="eval.sets.a.b has a dot in its name: call it a-b"):
+        config_lib.split_sets(["--config.eval.sets.a.b=c"])
     with pytest.raises(UserError, match="'eval.set.far': did you mean 'eval.sets.NAME'"):
         config_lib.check_overrides(SMOKE, ["--config.eval.set.far=x"])
     for name, root, words in [

@@ -27,6 +27,7 @@ from sam2_jax import (
 from sam2_jax.types import UserError
 from tests.test_train import make_data, make_optimizer, setup
 
+SETTINGS = {"train": {"precision": "float32", "not_finite": "stop"}}
 KEEP = checkpoint.Keep(last=2)
 
 
@@ -81,7 +82,7 @@ def fit(
 
     def bad_step(n, now, batch, values):
         clips = source.data.clips_of(n - 1)
-        return replay.save(workdir, n, now, batch, values, clips, ["--x=1"], {"x": 1})
+        return replay.save(workdir, n, now, batch, values, clips, ["--x=1"], SETTINGS)
 
     chosen: dict[str, Any] = {
         "log_every": 2,
@@ -120,7 +121,8 @@ def rows(workdir):
 
 
 def kept(workdir):
-    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    folders = (p.name for p in (workdir / "checkpoints").iterdir())
+    return sorted(int(name) for name in folders if name != checkpoint.TRASH)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
@@ -201,14 +203,16 @@ def test_the_best_and_every_so_many_are_kept_too(tmp_path):
 
 def test_a_step_that_is_not_finite_ends_the_run_and_can_be_repeated(tmp_path):
     mesh = sharding.make_mesh(4, 1, 1)
-    with pytest.raises(UserError, match=r"step 7 is not finite \(loss_mask.*clip6.*--replay="):
+    with pytest.raises(
+        UserError, match=r"step 7 is not finite \(loss_mask.*clip6.*--replay=.* step 6"
+    ):
         fit(tmp_path, mesh, bad=(7,))
     assert kept(tmp_path) == [4, 6]
     assert rows(tmp_path)[-1]["step"] == 6
     path = tmp_path / "bad/7/report.json"
     report = reports.read_report(path)
     assert report["step"] == 7 and report["clips"] == ["clip6"] and report["command"] == ["--x=1"]
-    assert report["settings"] == {"x": 1}
+    assert report["settings"] == SETTINGS
     assert report["values"]["loss"] is None and "loss_mask" in report["not_finite"]
     _, step, like = setup(mesh)
     with pytest.raises(FloatingPointError):

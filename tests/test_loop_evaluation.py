@@ -88,12 +88,16 @@ def test_the_worst_batches_of_earlier_starts(tmp_path):
     assert [step for step, _ in worst[0]["recent"]] == list(range(1, 11))
 
 
-def test_a_report_after_skipped_steps_has_the_state_before_the_step(tmp_path):
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_report_after_skipped_steps_has_the_state_before_the_step(tmp_path, stops):
     """Step 8 is fine and launched before step 7 is read, were the loop not to look closer."""
+    if stops:
+        with pytest.raises(loop.Stopped):
+            fit(tmp_path / "bad", MESH, bad=(5, 6, 7), skip=2, stop_at=6)
     with pytest.raises(UserError, match="step 7 is not finite"):
         fit(tmp_path / "bad", MESH, bad=(5, 6, 7), skip=2)
     path = tmp_path / "bad/bad/7/report.json"
-    assert reports.read_report(path)["step"] == 7
+    assert reports.read_report(path)["step"] == 7 and reports.read_report(path)["exact"]
     _, _, like = setup(MESH)
     saved = arrays.read(path.parent / "state", like._asdict())["params"]
     with pytest.raises(loop.Stopped):

@@ -115,7 +115,7 @@ def test_all_is_closed_whatever_fails(tmp_path, monkeypatch, capsys):
     closed = []
     monkeypatch.setattr(records.Records, "close", lambda self: closed.append(close(self)))
     monkeypatch.setattr(records.Records, "worst", full)
-    with pytest.raises(UserError, match="step 1 is not finite"):
+    with pytest.raises(UserError, match="step 1 is not finite.*there is no checkpoint yet"):
         fit(tmp_path, MESH, bad=(1,))
     assert len(closed) == 1
     assert capsys.readouterr().err.count("warning: ") == 1
@@ -131,3 +131,12 @@ def test_a_trace_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     with pytest.raises(checkpoint.Unwritten, match="disk is full"):
         fit(tmp_path, MESH, steps=4, profile_steps=(2, 3))
     assert "warning" not in capsys.readouterr().err
+
+
+def test_checkpoints_that_cannot_be_written_are_told_of_at_the_start(tmp_path):
+    folder = tmp_path / checkpoint.CHECKPOINTS
+    folder.mkdir()
+    (folder / checkpoint.TRASH).touch()  # root may write to folders that are read-only
+    with pytest.raises(checkpoint.Unwritten, match="could not be written .*File exists.* no check"):
+        with checkpoint.opened(tmp_path, checkpoint.Keep(1)):
+            pytest.fail("it is open")

@@ -1,7 +1,10 @@
-"""The lock of a workdir where there are no locks; more of it in test_loop.py."""
+"""Signals while Python does not run; a workdir where there are no locks (more in test_loop.py)."""
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +41,34 @@ def test_a_workdir_in_use(tmp_path, monkeypatch):
     without(monkeypatch, errno.EWOULDBLOCK)
     with pytest.raises(UserError, match="is in use by process unknown"):
         stopping.take(tmp_path)
+
+
+BUSY = """
+import hashlib
+from sam2_jax import stopping
+stopping.PATIENCE = 0.1
+{begin}
+print("busy", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", {rounds})  # no handler of Python's is called within
+print(request(1), flush=True)
+"""
+REQUEST = "request = stopping.Request()"
+
+
+@pytest.mark.parametrize("begin", [REQUEST, "stopping.end_until_asked_otherwise()"])
+def test_a_signal_while_python_does_not_run(begin):
+    """As in a compilation, where all is saved: not after minutes, when that has ended."""
+    code = BUSY.format(begin=begin, rounds=2**31 - 1)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"busy\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == stopping.STOPPED
+
+
+def test_a_signal_while_something_is_to_be_saved():
+    code = BUSY.format(begin=f"{REQUEST}; request(0)", rounds=2**21)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"busy\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == b"True\n"
+        assert process.wait(60) == 0

@@ -101,7 +101,7 @@ def check_files(clips: Sequence[Files], faults: Faults) -> list[tuple[Files, Vid
         UserError: of the first file, in order, that is broken, unless broken clips are left out.
     """
     total, kept = sum(len(clip.frames) + len(clip.masks) for clip in clips), []
-    hide = total <= SHOW_PROGRESS
+    hide = True if total <= SHOW_PROGRESS else None  # None: where stderr is no terminal
     pool = ThreadPoolExecutor(THREADS)
     with pool, tqdm(None, "checking files", total, False, unit="file", disable=hide) as bar:
         for group in _groups(clips):

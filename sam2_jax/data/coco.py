@@ -167,7 +167,8 @@ def open_coco(
     pictures, left = [], {"crowds": 0, "empty": 0, "too large": 0}
     files = [root / entries[i][0] for i in ids]
     sizes = scan_files(files, look_at_image, where=images, quick=True, faults=faults)
-    hide = len(ids) <= SHOW_PROGRESS  # all of COCO takes a minute
+    # All of COCO takes a minute; None: hidden where stderr is no terminal
+    hide = True if len(ids) <= SHOW_PROGRESS else None
     for i, size in zip(tqdm(ids, "checking masks", leave=False, disable=hide), sizes, strict=True):
         name, height, width = entries[i]
         try:

@@ -146,5 +146,8 @@ def test_many_files_show_progress_on_stderr(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(checks, "SHOW_PROGRESS", 5)
     check_files(files, Faults())
+    assert capsys.readouterr() == ("", "")  # nobody looks
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    check_files(files, Faults())
     captured = capsys.readouterr()
     assert captured.out == "" and "checking files" in captured.err
