@@ -153,8 +153,8 @@ def repeat(
 
     Raises FloatingPointError where a NaN first appears, with a traceback into the computation: of a
     loop (over frames, micro-batches) as a whole, or, with `loops`, of each operation in it (a
-    choice of branches is one), which are then run one by one; `UserError` where what was saved cannot be read, or not by so many
-    processes.
+    choice of branches is one), which are then run one by one; `UserError` where what was saved
+    cannot be read, or not by so many processes.
     """
     folder = path.resolve().parent
     batch = read_batch(path)
