@@ -61,6 +61,14 @@ def resolution_of(config) -> int:
     return config.getoption("--parity-resolution") or default
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `nano` are for that size only."""
+    if config.getoption("--parity-variant") != "nano":
+        others = [item for item in items if item.get_closest_marker("nano")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
 def pytest_generate_tests(metafunc):
     """Every seed in one process: most of a test's time it traces and compiles, once for all."""
     if "seed" in metafunc.fixturenames:

@@ -144,7 +144,7 @@ def blocks_recomputed(model: Reference):
     """Within it what the trunk's blocks compute is not kept for gradients but computed again.
 
     Of the largest model in float64 eight small frames would take ten gigabytes. Blocks with a
-    maximum in them are left alone: see gradients.py, which counts those.
+    maximum in them are left alone: see gates.py, which counts those.
     """
     with contextlib.ExitStack() as stack:
         for block in model.image_encoder.trunk.blocks:

@@ -57,7 +57,7 @@ RATIO = 1.5
 DIFFERS = 1e-4  # the least that the reference must differ, or nothing is compared
 SILENT = 1e-6  # norms below this share of the largest are the rounding of what is zero
 
-# Gates whose input float32 cannot tell from where they turn (see gradients.py): how many may be
+# Gates whose input float32 cannot tell from where they turn (see gates.py): how many may be
 # turned in one clip; the least that one changes the gradient of the weights before it, of its norm,
 # to be thought of; and the share of a row's difference that it may leave.
 MOST_GATES = 40
