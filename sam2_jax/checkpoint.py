@@ -226,11 +226,15 @@ def save(
         **{name: ocp.args.JsonSave(value) for name, value in values.items()},
         integrity.ITEM: ocp.args.JsonSave(sums),
     }
-    manager.wait_until_finished()  # as its `save` would: the last one takes its room
-    folder = pathlib.Path(manager.directory)
-    empty_trash(folder)
-    check_room(folder, trees)
+    finish(manager)  # as its `save` would: the last one takes its room
+    check_room(pathlib.Path(manager.directory), trees)
     manager.save(step, args=ocp.args.Composite(**items))
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits for the checkpoint that is being written; what is no longer kept is gone then."""
+    manager.wait_until_finished()
+    empty_trash(pathlib.Path(manager.directory))
 
 
 def check_room(folder: pathlib.Path, trees: Tree) -> None:

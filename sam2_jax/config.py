@@ -129,12 +129,16 @@ def check_overrides(path: str, arguments: Sequence[str]) -> None:
 def replay_command(report: pathlib.Path) -> list[str]:
     """The arguments of the run that wrote a report of a bad step; see replay.py.
 
-    Goes to the folder where it was started, for the paths among them, if that is here.
+    Where its config is not here but in the folder where it was started, goes there.
     """
     found = read_report(report)
-    if (folder := pathlib.Path(str(found.get("folder", ".")))).is_dir():
+    command = [str(argument) for argument in found["command"]]
+    file = split_arguments(command)[0].partition(":")[0]
+    folder = pathlib.Path(str(found.get("folder", ".")))
+    if not pathlib.Path(file).is_file() and (folder / file).is_file():
+        print(f"note: as that run in {folder}, for the paths among the options", file=sys.stderr)
         os.chdir(folder)
-    return [str(argument) for argument in found["command"]]
+    return command
 
 
 def report_of(arguments: Sequence[str]) -> str:

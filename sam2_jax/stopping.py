@@ -1,5 +1,6 @@
 """Being asked to end, and not being two: signals of schedulers, and the lock of a workdir."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -8,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO
 
@@ -20,6 +21,7 @@ from sam2_jax.types import UserError
 STOPPED = 75  # exit status of a run that saved and may be started again (EX_TEMPFAIL)
 LOCK = ".lock"
 PATIENCE = 3.0  # seconds in which a signal's handler may begin
+WATCHER = "signals"  # name of a thread
 # Of file systems without locks: Lustre mounted without flock, some NFS
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -36,13 +38,21 @@ def end_until_asked_otherwise() -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         del frame
-        name = signal.Signals(number).name
-        print(f"asked to end ({name}) before the first step", file=sys.stderr)
+        tell(number, "before the first step")
         sys.exit(STOPPED)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     watch(lambda: True)
+
+
+def tell(number: int, when: str) -> None:
+    """Says on stderr that this process ends for a signal; who read that may have ended, too."""
+    with contextlib.suppress(OSError):
+        print(f"asked to end ({signal.Signals(number).name}) {when}", file=sys.stderr, flush=True)
+
+
+_may_end: Callable[[], bool] = bool  # of the last call of `watch`
 
 
 def watch(may_end: Callable[[], bool]) -> None:
@@ -52,32 +62,32 @@ def watch(may_end: Callable[[], bool]) -> None:
     takes minutes, never, and schedulers do not wait for so long. To be called in the main thread;
     takes the place of an earlier call.
     """
+    global _may_end
+    _may_end = may_end
+    if any(thread.name == WATCHER for thread in threading.enumerate()):
+        return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    earlier = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    if earlier >= 0:
-        os.close(earlier)  # which ends its thread
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
     def wait() -> None:
-        with open(reading, "rb", buffering=0) as signals:
-            while number := signals.read(1):
-                if number[0] in (signal.SIGTERM, signal.SIGINT):
-                    time.sleep(PATIENCE)
-                    if may_end():
-                        name = signal.Signals(number[0]).name
-                        print(f"asked to end ({name}) while all is saved", file=sys.stderr)
-                        sys.stderr.flush()
-                        os._exit(STOPPED)
+        while True:
+            number = os.read(reading, 1)[0]
+            if number in (signal.SIGTERM, signal.SIGINT):
+                time.sleep(PATIENCE)
+                if _may_end():
+                    tell(number, "while all is saved")
+                    os._exit(STOPPED)
 
-    threading.Thread(target=wait, name="signals", daemon=True).start()
+    threading.Thread(target=wait, name=WATCHER, daemon=True).start()
 
 
 class Request:
     """Notes SIGTERM (a scheduler's warning) and SIGINT, to be asked about after every step.
 
     The second signal of a kind ends the process at once. So does the first, but for a few seconds,
-    while `is_saved`: true from the start, when nothing was trained yet, to the end of a step, and
-    to be set again when all is. With several processes JAX's own preemption service watches for
+    while `is_saved`: from the start, when nothing was trained yet, to the end of a step, and within
+    `saved`. With several processes JAX's own preemption service watches for
     SIGTERM, and settles with the others after which step all stop.
     """
 
@@ -93,6 +103,15 @@ class Request:
         del frame
         self._asked = True
         signal.signal(number, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def saved(self) -> Iterator[None]:
+        """Within it nothing is done that is not made up for at the next start."""
+        self.is_saved = True
+        try:
+            yield
+        finally:
+            self.is_saved = False
 
     def check(self) -> None:
         """Raises `Interrupted` if this process alone was asked; several would have to agree."""

@@ -191,11 +191,11 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
         def evaluation(state: train.State, step: int) -> dict[str, float]:
             with checkpoint.writing(run.workdir):
                 manager.wait_until_finished()  # an evaluation may end this process
-            request.is_saved = True
-            params = train.best_params(state)
-            if config.lora.rules:
-                params = merge(params)
-            return validate(params, step, request.check) | loss_of(params, step)
+            with request.saved():
+                params = train.best_params(state)
+                if config.lora.rules:
+                    params = merge(params)
+                return validate(params, step, request.check) | loss_of(params, step)
 
         evaluate = evaluation
 
@@ -204,6 +204,7 @@ def train_on(config: Any, run: preparing.Run, batches: pipeline.Loader) -> None:
     ) -> UserError:
         clips = batches.clips_of(step - 1)
         with checkpoint.writing(run.workdir):
+            checkpoint.finish(manager)
             return replay.save(
                 run.workdir, step, state, batch, values, clips, sys.argv[1:], settings
             )
@@ -280,7 +281,10 @@ def repeat(config: Any, path: pathlib.Path) -> None:
         say(
             f"{error}\nonce more, operation by operation, to find the first: this takes minutes ..."
         )
-        again(loops=True)
+        try:
+            again(loops=True)
+        except jax.errors.JaxRuntimeError as second:  # it takes more memory
+            say(f"that could not be done: {second}")
         raise
     table([(name, f"{value:g}") for name, value in metrics.items()])
     say("no operation made a NaN; an infinity is among the numbers above, or it was the hardware")

@@ -215,8 +215,9 @@ def test_a_step_that_is_not_finite_ends_the_run_and_can_be_repeated(tmp_path):
     assert report["settings"] == SETTINGS
     assert report["values"]["loss"] is None and "loss_mask" in report["not_finite"]
     _, step, like = setup(mesh)
-    with pytest.raises(FloatingPointError):
-        replay.repeat(path, step, like, mesh, jax.random.key(7))
+    for loops in (False, True):
+        with pytest.raises(FloatingPointError):
+            replay.repeat(path, step, like, mesh, jax.random.key(7), loops)
 
 
 def test_the_step_repeated_is_that_very_step(tmp_path):

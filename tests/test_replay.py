@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from sam2_jax import arrays, replay, reports, sharding, snapshot
+from sam2_jax import arrays, config, replay, reports, sharding, snapshot
 from sam2_jax.types import UserError
 from sam2_jax.updates import UpdateState
 from tests import processes, replaying
@@ -47,10 +47,12 @@ def report_of(folder):
     return folder / f"bad/{replaying.STEP}/report.json"
 
 
-def test_what_two_processes_saved_is_repeated_by_one(saved):
+@pytest.mark.parametrize("loops", [False, True])
+def test_what_two_processes_saved_is_repeated_by_one(saved, loops):
     mesh = sharding.make_mesh(2, 1, 1, jax.devices()[:2])
     _, step, like = setup(mesh)
-    again = replay.repeat(report_of(saved), step, like, mesh, jax.random.key(replaying.KEY))
+    key = jax.random.key(replaying.KEY)
+    again = replay.repeat(report_of(saved), step, like, mesh, key, loops)
     values = json.loads((saved / "loss.json").read_text())
     assert again["loss"] == pytest.approx(values["loss"], rel=1e-5)
     batch = replay.read_batch(report_of(saved))
@@ -80,6 +82,23 @@ def test_a_report_says_who_can_repeat_it(saved):
         reports.processes_of(path, report, 3)
     with pytest.raises(UserError, match=r"run of 1 process, this one has 2: .*num_processes$"):
         reports.processes_of(path, {}, 2)
+
+
+def test_a_report_is_repeated_from_any_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/own.py").touch()
+    report = {"step": 1, "command": ["--config=own.py:tiny", "--workdir=x"], "settings": {}}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report | {"folder": str(tmp_path / "run")}))
+    monkeypatch.chdir(tmp_path)
+    assert config.replay_command(path) == report["command"]
+    assert (
+        os.getcwd() == str(tmp_path / "run") and "note: as that run in" in capsys.readouterr().err
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").touch()  # here is one, too
+    assert config.replay_command(path) == report["command"]
+    assert os.getcwd() == str(tmp_path) and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Signals while Python does not run; a workdir where there are no locks (more in test_loop.py)."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -55,20 +56,47 @@ print(request(1), flush=True)
 REQUEST = "request = stopping.Request()"
 
 
+@contextlib.contextmanager
+def started(code, **options):
+    """A process that is busy, killed at the end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, **options
+    ) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == b"busy\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("is_read", [True, False])
 @pytest.mark.parametrize("begin", [REQUEST, "stopping.end_until_asked_otherwise()"])
-def test_a_signal_while_python_does_not_run(begin):
+def test_a_signal_while_python_does_not_run(begin, is_read):
     """As in a compilation, where all is saved: not after minutes, when that has ended."""
+    reading, writing = os.pipe()
     code = BUSY.format(begin=begin, rounds=2**31 - 1)
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-        assert process.stdout and process.stdout.readline() == b"busy\n"
+    with started(code, stderr=writing) as process:
+        os.close(writing)
+        if not is_read:  # as of `tee` after Ctrl-C
+            os.close(reading)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == stopping.STOPPED
+    if is_read:
+        with open(reading) as told:
+            assert told.read() == "asked to end (SIGTERM) while all is saved\n"
 
 
 def test_a_signal_while_something_is_to_be_saved():
     code = BUSY.format(begin=f"{REQUEST}; request(0)", rounds=2**21)
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-        assert process.stdout and process.stdout.readline() == b"busy\n"
+    with started(code) as process:
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == b"True\n"
         assert process.wait(60) == 0
+
+
+def test_what_follows_an_evaluation_is_not_saved():
+    request = stopping.Request.__new__(stopping.Request)
+    with pytest.raises(stopping.Interrupted), request.saved():
+        assert request.is_saved
+        raise stopping.Interrupted
+    assert not request.is_saved

@@ -2,66 +2,18 @@
 
 import contextlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
-from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
 from absl import flags
 
+from sam2_jax.data.workers import begin_worker, starting_workers
 from sam2_jax.types import Batch, UserError
 
 # Batches of one process or worker in preparation. Grain's defaults (16 threads, 500 elements)
 # would hold 12 GB of 8-frame clips of 1024 pixels.
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-POLL = 2.0  # seconds between a worker's looks at its trainer
-# What all processes of a run get: from a terminal Ctrl-C, from a scheduler SIGTERM
-OF_TRAINER = (signal.SIGINT, signal.SIGTERM)
-
-
-def end_with_trainer(index: int, count: int) -> None:
-    """Let a loader process end soon after its trainer, even one that was killed."""
-    del index, count
-    # Who started this process, which may be gone by now; os.getppid() would name its heir.
-    trainer = multiprocessing.parent_process()
-    if trainer is None:
-        return
-
-    def watch() -> None:
-        while os.getppid() == trainer.pid:
-            time.sleep(POLL)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def begin_worker(index: int, count: int) -> None:
-    """Leave signals that all processes of a run get to the trainer, and end with it.
-
-    The trainer still wants batches then: it lets the step end, and saves.
-    """
-    for number in OF_TRAINER:
-        signal.signal(number, signal.SIG_IGN)
-    end_with_trainer(index, count)
-
-
-@contextlib.contextmanager
-def starting_workers() -> Iterator[None]:
-    """Processes that this thread starts within it have those signals held back from their birth.
-
-    `begin_worker` comes only once a worker has imported what it needs, seconds later.
-    """
-    resource_tracker.ensure_running()  # which lets signals through again once it has started
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_TRAINER)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Loader(Iterator[Batch]):

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from sam2_jax.data.loader import end_with_trainer
+from sam2_jax.data.workers import end_with_trainer
 from sam2_jax.types import UserError
 
 _task: Callable[..., Any] | None = None  # of a worker process

@@ -31,6 +31,7 @@ from sam2_jax.data.file_source import decode_file, read_file
 from sam2_jax.data.files import open_root, unreadable
 from sam2_jax.data.headers import frame_fault
 from sam2_jax.data.sources import THREADS, Faults, Video
+from sam2_jax.data.workers import end_with_trainer
 from sam2_jax.types import UserError
 
 FORMAT = 2  # of what the functions given to `scan_files` return: raise it when that changes
@@ -244,7 +245,7 @@ def _look_at(
     else:
         # Not forked: threads of JAX may hold locks that nobody would ever release in the copy.
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(processes, mp_context=spawn)
+        pool = ProcessPoolExecutor(processes, spawn, end_with_trainer, (0, 0))
     try:
         parts = _parts(groups, max(1, min(PART, len(groups) // (4 * THREADS))))
         found: Iterable[Any] = (one for part in pool.map(task, parts) for one in part)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8, UInt64
 
 from sam2_jax.data.sources import VideoSource, in_blocks
+from sam2_jax.data.workers import end_with_trainer
 from sam2_jax.types import UserError
 
 CHUNK = 16  # frames read at a time, fewer where they and their masks take more than
@@ -142,6 +143,7 @@ _sources: Sequence[VideoSource] = ()  # of a worker process
 def _hold(sources: Sequence[VideoSource]) -> None:
     global _sources
     _sources = sources
+    end_with_trainer(0, 0)
 
 
 def _work(job: tuple[int, int]) -> tuple[int, Clip]:

@@ -101,14 +101,16 @@ class Gates:
 
         for module in holders:
             module.activation = self.relu
-        with (
-            mock.patch.object(functional, "relu", self.relu),
-            mock.patch.object(functional, "max_pool2d", self.max_pool2d),
-            mock.patch.object(functional, "linear", linear),
-        ):
-            yield
-        for module in holders:
-            module.activation = relu
+        try:
+            with (
+                mock.patch.object(functional, "relu", self.relu),
+                mock.patch.object(functional, "max_pool2d", self.max_pool2d),
+                mock.patch.object(functional, "linear", linear),
+            ):
+                yield
+        finally:
+            for module in holders:
+                module.activation = relu
 
     def turn(self, call: int, index: int) -> None:
         """Exchange one gate's state for the other."""

@@ -60,7 +60,7 @@ def cases(frames: int) -> list[Case]:
 
 # Of a large model a clip of eight frames takes the reference minutes, dozens of times over: what
 # ten steps add to the gradients of test_training.py is the optimizer, for which few frames do.
-FRAMES, FRAMES_OF_LARGE = 8, 3
+FRAMES, FRAMES_OF_LARGE = 8, 4
 STEPS = len(cases(FRAMES))
 
 
