@@ -90,7 +90,7 @@ def test_a_signal_while_something_is_to_be_saved():
     code = BUSY.format(begin=f"{REQUEST}; request(0)", rounds=2**21)
     with started(code) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.stdout.read() == b"True\n"
+        assert process.stdout and process.stdout.read() == b"True\n"
         assert process.wait(60) == 0
 
 
