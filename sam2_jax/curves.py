@@ -1,5 +1,6 @@
 """`loss.png`: the curves of a run."""
 
+import itertools
 import json
 import re
 import time
@@ -43,10 +44,12 @@ def loss_curves(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     names = [k for k in _keys(rows) if k.startswith("loss_")]
     _curves(terms, rows, names, "terms of the loss, unweighted", smooth=True)
     _curves(quality, rows, _scores(rows), "evaluation", marker="o")
-    for name in (k for k in _keys(rows) if k.endswith("static J&F")):
+    static = [k for k in _keys(rows) if k.endswith("static J&F")]
+    styles = itertools.cycle([":", "-.", "--", (0, (1, 4))])
+    for name, style in zip(static, styles, strict=False):
         of = name.removeprefix("eval/").removesuffix("static J&F")
         label = f"{of}static first-frame mask, J&F"
-        quality.plot(*_series(rows, name), ls=":", color="0.3", label=label)
+        quality.plot(*_series(rows, name), ls=style, color="0.3", label=label)
     quality.set_ylim(0, 1)
     names = [k for k in _keys(rows) if k.startswith(("learning_rate", "lr"))]
     _curves(rates, rows, names, "learning rate")
