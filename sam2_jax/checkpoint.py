@@ -159,13 +159,9 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
         )
         if isinstance(error, NoRoom):
             why = f"{why}: {error.strerror}"
-        good = latest_step(workdir)
-        last = "there is no checkpoint yet"
-        if good is not None:
-            last = f"the last whole checkpoint is of step {good}"
         raise Unwritten(
-            f"{named if isinstance(named, str) else workdir} could not be written ({why}); {last}: "
-            f"{mend}, then start again"
+            f"{named if isinstance(named, str) else workdir} could not be written ({why}); "
+            f"{latest_in_words(workdir)}: {mend}, then start again"
         ) from error
 
 
@@ -195,6 +191,14 @@ def steps_of(workdir: pathlib.Path) -> list[int]:
 def latest_step(workdir: pathlib.Path) -> int | None:
     """Step of the last checkpoint of a workdir; makes no folder where there is none."""
     return max(steps_of(workdir), default=None)
+
+
+def latest_in_words(workdir: pathlib.Path) -> str:
+    """What an error says there is to go on from."""
+    step = latest_step(workdir)
+    if step is None:
+        return "there is no checkpoint yet"
+    return f"the last whole checkpoint is of step {step}"
 
 
 def save(

@@ -87,11 +87,7 @@ def advice(workdir: pathlib.Path, settings: Mapping[str, Any]) -> str:
         ways.append("take train.precision=float32")
     if settings["train"]["not_finite"] != "skip":
         ways.append("skip such steps with train.not_finite=skip")
-    last = checkpoint.latest_step(workdir)
-    kept = (
-        "there is no checkpoint yet" if last is None else f"the last checkpoint is of step {last}"
-    )
-    return f"{', or '.join(ways)}; {kept}"
+    return f"{', or '.join(ways)}; {checkpoint.latest_in_words(workdir)}"
 
 
 def save(

@@ -21,7 +21,6 @@ from sam2_jax.types import UserError
 STOPPED = 75  # exit status of a run that saved and may be started again (EX_TEMPFAIL)
 LOCK = ".lock"
 PATIENCE = 3.0  # seconds in which a signal's handler may begin
-WATCHER = "signals"  # name of a thread
 # Of file systems without locks: Lustre mounted without flock, some NFS
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -52,7 +51,7 @@ def tell(number: int, when: str) -> None:
         print(f"asked to end ({signal.Signals(number).name}) {when}", file=sys.stderr, flush=True)
 
 
-_may_end: Callable[[], bool] = bool  # of the last call of `watch`
+_may_end: Callable[[], bool] | None = None  # of the last call of `watch`
 
 
 def watch(may_end: Callable[[], bool]) -> None:
@@ -63,8 +62,8 @@ def watch(may_end: Callable[[], bool]) -> None:
     takes the place of an earlier call.
     """
     global _may_end
-    _may_end = may_end
-    if any(thread.name == WATCHER for thread in threading.enumerate()):
+    is_watched, _may_end = _may_end is not None, may_end
+    if is_watched:
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -75,11 +74,11 @@ def watch(may_end: Callable[[], bool]) -> None:
             number = os.read(reading, 1)[0]
             if number in (signal.SIGTERM, signal.SIGINT):
                 time.sleep(PATIENCE)
-                if _may_end():
+                if _may_end and _may_end():
                     tell(number, "while all is saved")
                     os._exit(STOPPED)
 
-    threading.Thread(target=wait, name=WATCHER, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Request:
@@ -87,8 +86,8 @@ class Request:
 
     The second signal of a kind ends the process at once. So does the first, but for a few seconds,
     while `is_saved`: from the start, when nothing was trained yet, to the end of a step, and within
-    `saved`. With several processes JAX's own preemption service watches for
-    SIGTERM, and settles with the others after which step all stop.
+    `saved`. With several processes JAX's own preemption service watches for SIGTERM, and settles
+    with the others after which step all stop.
     """
 
     def __init__(self):

@@ -8,8 +8,6 @@ else at its end is decoded: pictures of many phones go on after the end marker.
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm.auto import tqdm
-
 from sam2_jax.data.decode import decode_frame
 from sam2_jax.data.files import AnyPath, Files
 from sam2_jax.data.headers import (
@@ -22,10 +20,9 @@ from sam2_jax.data.headers import (
     parse_header,
     too_large,
 )
-from sam2_jax.data.sources import THREADS, Faults, Video
+from sam2_jax.data.sources import THREADS, Faults, Video, bar
 from sam2_jax.types import UserError
 
-SHOW_PROGRESS = 2000  # files, a second or two
 GROUP = 4096  # files in flight, so that memory does not grow with the data
 HEAD, TAIL = 4096, 256  # bytes
 ENDS = {JPEG: b"\xff\xd9", PNG: b"IEND\xaeB`\x82"}
@@ -101,16 +98,14 @@ def check_files(clips: Sequence[Files], faults: Faults) -> list[tuple[Files, Vid
         UserError: of the first file, in order, that is broken, unless broken clips are left out.
     """
     total, kept = sum(len(clip.frames) + len(clip.masks) for clip in clips), []
-    hide = True if total <= SHOW_PROGRESS else None  # None: where stderr is no terminal
-    pool = ThreadPoolExecutor(THREADS)
-    with pool, tqdm(None, "checking files", total, False, unit="file", disable=hide) as bar:
+    with ThreadPoolExecutor(THREADS) as pool, bar("checking files", total, "file") as shown:
         for group in _groups(clips):
             paths = [path for clip in group for path in clip.paths()]
             headers = pool.map(_look, paths)
             try:
                 for clip in group:
                     found = [next(headers) for _ in clip.paths()]
-                    bar.update(len(found))
+                    shown.update(len(found))
                     try:
                         kept.append((clip, _video(clip, found)))
                     except UserError as error:

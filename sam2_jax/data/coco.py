@@ -15,20 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, UInt8
 from pycocotools import mask as coco_mask
-from tqdm.auto import tqdm
 
 from sam2_jax.data.file_source import read_file
 from sam2_jax.data.lists import choose
 from sam2_jax.data.rle import decode_rle, rle_area
 from sam2_jax.data.scan import (
-    SHOW_PROGRESS,
     decode_pictures,
     frame_size,
     load_json,
     local_root,
     scan_files,
 )
-from sam2_jax.data.sources import Faults, Video
+from sam2_jax.data.sources import Faults, Video, bar
 from sam2_jax.types import UserError
 
 WHOLE = 1.0  # max_area above this lets every object pass
@@ -167,9 +165,8 @@ def open_coco(
     pictures, left = [], {"crowds": 0, "empty": 0, "too large": 0}
     files = [root / entries[i][0] for i in ids]
     sizes = scan_files(files, look_at_image, where=images, quick=True, faults=faults)
-    # All of COCO takes a minute; None: hidden where stderr is no terminal
-    hide = True if len(ids) <= SHOW_PROGRESS else None
-    for i, size in zip(tqdm(ids, "checking masks", leave=False, disable=hide), sizes, strict=True):
+    each = bar("checking masks", len(ids), "image", ids)  # all of COCO takes a minute
+    for i, size in zip(each, sizes, strict=True):
         name, height, width = entries[i]
         try:
             if isinstance(size, UserError):

@@ -63,7 +63,7 @@ def run_parallel(
 def _start(task: Callable[..., Any]) -> None:
     global _task
     _task = task
-    end_with_trainer(0, 0)  # where this one is killed, its processes end too
+    end_with_trainer()  # where this one is killed, its processes end too
 
 
 def _run(arguments: tuple) -> Any:

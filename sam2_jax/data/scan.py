@@ -23,14 +23,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from tqdm.auto import tqdm
 
 from sam2_jax.data.checks import read_header
 from sam2_jax.data.decode import decode_frame
 from sam2_jax.data.file_source import decode_file, read_file
 from sam2_jax.data.files import open_root, unreadable
 from sam2_jax.data.headers import frame_fault
-from sam2_jax.data.sources import THREADS, Faults, Video
+from sam2_jax.data.sources import THREADS, Faults, Video, bar
 from sam2_jax.data.workers import end_with_trainer
 from sam2_jax.types import UserError
 
@@ -39,7 +38,6 @@ PART = 64  # files of one task of a pool
 FEW = 16  # files that are not worth a pool
 POOL_BYTES = 128 * 2**20  # more than this is worth the seconds in which processes start
 MOST_PROCESSES = 32
-SHOW_PROGRESS = 2000  # files, a second or two
 Group = tuple[Path, ...]
 Found = Any  # whatever JSON can hold
 
@@ -245,13 +243,11 @@ def _look_at(
     else:
         # Not forked: threads of JAX may hold locks that nobody would ever release in the copy.
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(processes, spawn, end_with_trainer, (0, 0))
+        pool = ProcessPoolExecutor(processes, spawn, end_with_trainer)
     try:
         parts = _parts(groups, max(1, min(PART, len(groups) // (4 * THREADS))))
         found: Iterable[Any] = (one for part in pool.map(task, parts) for one in part)
-        if len(groups) > SHOW_PROGRESS:
-            found = tqdm(found, f"scanning {where}", len(groups), leave=False, unit="file")
-        yield from found
+        yield from bar(f"scanning {where}", len(groups), "file", found)
     except BrokenProcessPool as error:
         raise UserError(
             f"a process that scanned {where} ended, perhaps for lack of memory: free some and "

@@ -9,7 +9,7 @@ import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from sam2_jax.types import NAMED, UserError, listed
 
 THREADS = 16  # waits for disks and network file systems, not for the processor
-SHOW_PROGRESS = 2000  # clips, a second or two
+SHOW_PROGRESS = 2000  # clips or files, a second or two
 BLOCK = 4096  # jobs that a pool is given at a time
 T = TypeVar("T")
 R = TypeVar("R")
@@ -136,6 +136,12 @@ class Selection:
         return self.source.read(self.indices[index], frames, objects)
 
 
+def bar(what: str, total: int, unit: str, items: Iterable[Any] | None = None) -> tqdm:
+    """Progress of checks, over `items` or to be updated: of many, where stderr is a terminal."""
+    hide = True if total <= SHOW_PROGRESS else None  # None: where it is none
+    return tqdm(items, what, total, leave=False, unit=unit, disable=hide)
+
+
 def in_blocks(pool: Executor, look: Callable[[T], R], jobs: Sequence[T]) -> Iterator[R]:
     """`pool.map`, which takes kilobytes of memory for every job, for any number of jobs."""
     for start in range(0, len(jobs), BLOCK):
@@ -177,9 +183,7 @@ def keep_usable(
     first: dict[str, list[str]] = {}  # the names that are told, by reason
     with ThreadPoolExecutor(THREADS) as pool:
         found: Iterable[str | UserError] = in_blocks(pool, look, range(len(source)))
-        if len(source) > SHOW_PROGRESS:
-            found = tqdm(found, "looking for objects", len(source), leave=False, unit="clip")
-        for index, reason in enumerate(found):
+        for index, reason in enumerate(bar("looking for objects", len(source), "clip", found)):
             if isinstance(reason, UserError):
                 faults.add(reason)
             elif reason:

@@ -143,7 +143,7 @@ _sources: Sequence[VideoSource] = ()  # of a worker process
 def _hold(sources: Sequence[VideoSource]) -> None:
     global _sources
     _sources = sources
-    end_with_trainer(0, 0)
+    end_with_trainer()
 
 
 def _work(job: tuple[int, int]) -> tuple[int, Clip]:

@@ -14,9 +14,8 @@ POLL = 2.0  # seconds between a worker's looks at its trainer
 OF_TRAINER = (signal.SIGINT, signal.SIGTERM)
 
 
-def end_with_trainer(index: int, count: int) -> None:
-    """Let a loader process end soon after its trainer, even one that was killed."""
-    del index, count
+def end_with_trainer() -> None:
+    """Let a process that reads data end soon after its trainer, even one that was killed."""
     # Who started this process, which may be gone by now; os.getppid() would name its heir.
     trainer = multiprocessing.parent_process()
     if trainer is None:
@@ -35,9 +34,10 @@ def begin_worker(index: int, count: int) -> None:
 
     The trainer still wants batches then: it lets the step end, and saves.
     """
+    del index, count
     for number in OF_TRAINER:
         signal.signal(number, signal.SIG_IGN)
-    end_with_trainer(index, count)
+    end_with_trainer()
 
 
 @contextlib.contextmanager

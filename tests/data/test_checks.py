@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam2_jax.data import checks
+from sam2_jax.data import checks, sources
 from sam2_jax.data.checks import check_files, read_header
 from sam2_jax.data.decode import decode_frame
 from sam2_jax.data.files import Files
@@ -144,7 +144,7 @@ def test_many_files_show_progress_on_stderr(tmp_path, monkeypatch, capsys):
     files = clips(tmp_path, 3)
     check_files(files, Faults())
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(checks, "SHOW_PROGRESS", 5)
+    monkeypatch.setattr(sources, "SHOW_PROGRESS", 5)
     check_files(files, Faults())
     assert capsys.readouterr() == ("", "")  # nobody looks
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

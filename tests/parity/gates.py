@@ -80,12 +80,12 @@ class Gates:
         assert (n, h, w) == self.layer[0].shape[:-1] and c <= len(self.layer[1])
         cut = x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(n, c, h // 2, 2, w // 2, 2)
         windows = cut.transpose(3, 4).flatten(-2)
-        two = windows.detach().topk(2).values
+        order = windows.detach().argsort(dim=-1, descending=True, stable=True)[..., :2].contiguous()
+        two = windows.detach().gather(-1, order)
         gap = two[..., 0] - two[..., 1]
         # Equal numbers come of equal inputs (padding), and whichever it is makes no difference
         self.distances.append(torch.where(gap > 0, gap, torch.inf))
-        order = windows.detach().argsort(dim=-1, descending=True, stable=True)
-        self.states.append(order[..., :2].contiguous())
+        self.states.append(order)
         self.sources.append(self.layer)
         return Largest.apply(windows, self, len(self.states) - 1)
 
