@@ -105,6 +105,33 @@ class Theirs:
         return mean.sqrt().numpy()
 
 
+class Doubt:
+    """How well float32 knows what Adam makes of a parameter's gradients, carried like its moments.
+
+    With errors of at most e_k in the gradients of its steps, the mean is off by at most their mean,
+    weighted as Adam weights gradients, and the root of the mean square by that of the e_k (triangle
+    inequality): the quotient, itself at most about 1, by the sum of both over what divides.
+    """
+
+    def __init__(self, betas: tuple[float, float]):
+        self.betas = betas
+        self.moments: dict[str, tuple[float, float, int]] = {}
+
+    def add(self, name: str, error: float) -> None:
+        """One more step with a gradient, known but for `error`."""
+        first, second, steps = self.moments.get(name, (0.0, 0.0, 0))
+        b1, b2 = self.betas
+        first, second = b1 * first + (1 - b1) * error, b2 * second + (1 - b2) * error**2
+        self.moments[name] = first, second, steps + 1
+
+    def over(self, name: str, spread: np.ndarray) -> np.ndarray:
+        """By how many learning rates a step of each weight may be off, `spread` what divides it."""
+        first, second, steps = self.moments[name]
+        b1, b2 = (1 - b**steps for b in self.betas)
+        error = first / b1 + (second / b2) ** 0.5
+        return np.divide(error, spread, where=spread > 0, out=np.zeros_like(spread))
+
+
 @functools.cache
 def make_ours(model, variant: str):
     """Our optimizer with the default rules and the rates of these tests, and its jitted step."""
@@ -162,7 +189,7 @@ def test_ten_steps(make_pair, step, seed, resolution, is_nano):
     optimizer, update = make_ours(pair.model, pair.variant)
     state = optimizer.tx.init(pair.params)
     current = pair.reference
-    noise: dict[str, float] = {}
+    doubt = Doubt(theirs.optimizer.optimizer.param_groups[0]["betas"])
     for k, case in enumerate(cases(FRAMES if is_nano else FRAMES_OF_LARGE)):
         case = case if is_nano else case._replace(valid=[[1, 1]])
         chosen, truth = choose(current, case, 1000 * seed + k, resolution, is_nano)
@@ -172,14 +199,14 @@ def test_ten_steps(make_pair, step, seed, resolution, is_nano):
         known = compare_gradients(truth, convert.to_reference(grads), "gradient in training")
         share = theirs.step(chosen.exact_model, known.exact, k / STEPS)
         for name, x in known.noise.items():
-            noise[name] = max(noise.get(name, 0.0), share * x)
+            doubt.add(name, share * x)
         params, state = update(grads, state, params, optim.active_groups(chosen.plan))
-        compare_step(theirs, chosen.model, convert.to_reference(params), known.exact, noise)
+        compare_step(theirs, chosen.model, convert.to_reference(params), known.exact, doubt)
         current = copy.deepcopy(chosen.model)
         current.load_state_dict(theirs.model.state_dict())  # rounds to float32
 
 
-def compare_step(theirs: Theirs, start, ours: dict, gradient: dict, noise: dict):
+def compare_step(theirs: Theirs, start, ours: dict, gradient: dict, doubt: Doubt):
     """Every parameter after a step: where the reference put it, or untouched as there."""
     before, rates = dict(start.named_parameters()), theirs.rates()
     above = total = 0
@@ -190,14 +217,14 @@ def compare_step(theirs: Theirs, start, ours: dict, gradient: dict, noise: dict)
             assert np.array_equal(ours[name], before[name].detach().numpy()), name
             continue
         expected, spread = parameter.detach().numpy(), theirs.spread(name)
-        doubt = np.divide(2 * noise[name], spread, where=spread > 0, out=np.zeros_like(spread))
-        above += int((doubt <= tolerances.STEP).sum())
-        total += doubt.size
-        bound = np.maximum(tolerances.STEP, doubt)
+        off = doubt.over(name, spread)
+        above += int((off <= tolerances.STEP).sum())
+        total += off.size
+        bound = np.maximum(tolerances.STEP, off)
         rounding = tolerances.LAST_PLACE * np.abs(expected) / rates[name]
         error = np.maximum(np.abs(ours[name] - expected) / rates[name] - rounding, 0.0)
         worst = np.unravel_index((error - bound).argmax(), error.shape)
-        record("step", float(np.where(doubt <= tolerances.STEP, error, 0).max()), tolerances.STEP)
+        record("step", float(np.where(off <= tolerances.STEP, error, 0).max()), tolerances.STEP)
         assert error[worst] <= bound[worst], f"{name} {worst}: {error[worst]} > {bound[worst]}"
     record("step: share of weights below noise", 1 - above / total, 1 - tolerances.ABOVE_NOISE)
     assert above >= tolerances.ABOVE_NOISE * total

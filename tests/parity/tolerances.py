@@ -36,11 +36,11 @@ ORDERS = 8
 # a share of the gradient of all that is absolute.
 NO_GRADIENT = 1e-12
 NO_GRADIENT_LEFT = 1e-7
-# Change of a parameter by an optimizer step, in units of its learning rate. Adam divides by the
-# root mean square s of a weight's gradients: if those are known but for e (the largest error of
-# that parameter's gradient so far, which is held to the bounds above), the change is known but
-# for 2 e / s. That, where it is more, is the bound: for weights whose gradient is above its
-# noise it is not.
+# Change of a parameter by an optimizer step, in units of its learning rate. Adam divides the mean
+# of a weight's gradients by their root mean square s: if those are known but for e (the largest
+# errors of that parameter's gradients, which are held to the bounds above, averaged as Adam
+# averages), the change is known but for 2 e / s. That, where it is more, is the bound: for weights
+# whose gradient is above its noise it is not.
 STEP = 0.01
 ABOVE_NOISE = 0.5  # at least this share of all weights
 # The weight after the step is a float32 number near the weight: one unit in its last place.
