@@ -5,7 +5,6 @@ passed in (objective.py, prompts.py, optim.py).
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -252,15 +251,6 @@ def state_shardings(shapes: State, mesh: Mesh) -> State:
     return sharding.tree_shardings(shapes, mesh)
 
 
-def compiler_options(platform: str) -> dict[str, int]:
-    """For XLA: on a CPU with less of LLVM's efforts than by default, unless XLA_FLAGS sets them.
-
-    A step is some thousands of small kernels: a fifth of the time to compile, none when it runs.
-    """
-    level = "xla_backend_optimization_level"
-    return {level: 1} if platform == "cpu" and level not in os.environ.get("XLA_FLAGS", "") else {}
-
-
 def jit_step(step: TrainStep, shapes: State, mesh: Mesh) -> TrainStep:
     """The step compiled for a mesh: state and batch sharded, state donated, metrics replicated."""
     state = state_shardings(shapes, mesh)
@@ -270,5 +260,4 @@ def jit_step(step: TrainStep, shapes: State, mesh: Mesh) -> TrainStep:
         in_shardings=(state, sharding.batch_sharding(mesh), everywhere),
         out_shardings=(state, everywhere),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )

@@ -290,14 +290,3 @@ def test_norms_of_the_parts_make_up_the_whole():
         parts = [float(v) for k, v in metrics.items() if k.startswith(f"{name}/")]
         assert len(parts) == len(init_params(jax.random.key(0))) - 1  # but for the frozen one
         assert np.sqrt(np.sum(np.square(parts))) == pytest.approx(float(metrics[name]), rel=1e-5)
-
-
-def test_a_cpu_compiles_with_less_effort_unless_told_otherwise(monkeypatch):
-    level = "xla_backend_optimization_level"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
-    assert train.compiler_options("cpu") == {level: 1}
-    monkeypatch.setenv("XLA_FLAGS", f"--{level}=2")
-    assert train.compiler_options("cpu") == {}
-    # An accelerator's compiler is left alone
-    monkeypatch.delenv("XLA_FLAGS")
-    assert train.compiler_options("gpu") == {}
