@@ -143,12 +143,14 @@ def make_train_step(
 
             def one_part(batch: Batch, keys: RandomKeys) -> tuple[Metrics, Params]:
                 def loss_of(learnt: Params) -> tuple[Array, Metrics]:
+                    params = partition.join(constant, learnt)
+                    if len(keys) == 1:  # mapped over, a larger program
+                        return loss_fn(params, batch, plan, keys[0], objects)
+
                     def one_video(video: Batch, key: RandomKey) -> tuple[Array, Metrics]:
                         alone = jax.tree.map(lambda x: x[None], video)
-                        return loss_fn(partition.join(constant, learnt), alone, plan, key, objects)
+                        return loss_fn(params, alone, plan, key, objects)
 
-                    if len(keys) == 1:  # as below, with a sixth less to trace
-                        return one_video(*jax.tree.map(lambda x: x[0], (batch, keys)))
                     each = jax.vmap(one_video)(batch, keys)
                     return jax.tree.map(lambda x: x.sum(0), each)
 
