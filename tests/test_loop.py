@@ -82,6 +82,7 @@ def fit(
 
     def bad_step(n, now, batch, values):
         clips = source.data.clips_of(n - 1)
+        checkpoint.finish(manager)  # else the error may name the checkpoint before it
         return replay.save(workdir, n, now, batch, values, clips, ["--x=1"], SETTINGS)
 
     chosen: dict[str, Any] = {
