@@ -39,13 +39,12 @@ def encode_frames(
     that share the videos each encodes some of the frames.
     """
 
-    def encode(images: Array, key: PRNGKeyArray) -> Features:
+    def encode(images: Array, keys: Array) -> Features:
         pixels = normalise(images, compute_dtype(tracking.params))
-        rngs = {"dropout": key}
-        return tracking.call("encode_image", pixels, tracking.deterministic, rngs=rngs)
+        return tracking.call("encode_image", pixels, None if tracking.deterministic else keys)
 
-    t = len(images)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(frames)
+    t, b = images.shape[:2]
+    keys = jax.vmap(lambda frame: jax.random.split(jax.random.fold_in(key, frame), b))(frames)
     if shared_by:
         each = -(-t // shared_by.size)  # where they do not come out even, some are encoded twice
         start = jnp.minimum(jax.lax.axis_index(shared_by.axis) * each, t - min(each, t))
@@ -53,7 +52,9 @@ def encode_frames(
     if one_by_one:
         features = jax.lax.map(lambda item: jax.checkpoint(encode)(*item), (images, keys))
     else:
-        features = jax.vmap(encode)(images, keys)
+        # One batch, not a map over frames: of which products over two axes would be the gradients
+        flat = encode(*(x.reshape(-1, *x.shape[2:]) for x in (images, keys)))
+        features = jax.tree.map(lambda x: x.reshape(-1, b, *x.shape[1:]), flat)
     if not shared_by:
         return features
     place = jnp.arange(t)

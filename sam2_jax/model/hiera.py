@@ -5,9 +5,10 @@ facebookresearch/sam2@2b90b9f backbones/hieradet.py.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Key
 
 from sam2_jax.model import layers
 from sam2_jax.model.attention import attention
@@ -60,6 +61,18 @@ def from_windows(
     return x.reshape(-1, rows * size, cols * size, c)[:, :height, :width]
 
 
+def stochastic_depth(
+    keys: Key[Array, " n"], rates: Float[np.ndarray, " l"]
+) -> Float[Array, "n l 2"]:
+    """What to multiply two branches of l blocks with: 0 at the rates, else 1 / (1 - rate).
+
+    Drawn for each image by its own key, so that its draws are the same in whatever batch.
+    """
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (len(rates), 2)))(keys)
+    dropped = np.asarray(rates, np.float32)[:, None]
+    return jnp.where(draws < dropped, 0.0, 1.0 / (1.0 - dropped))
+
+
 class MultiScaleAttention(nn.Module):
     """Self-attention inside each window; queries are pooled where a stage begins."""
 
@@ -93,19 +106,24 @@ class MultiScaleAttention(nn.Module):
 
 
 class MultiScaleBlock(nn.Module):
-    """Window attention and MLP; where `dim_out` differs a projected, pooled skip connection."""
+    """Window attention and MLP; where `dim_out` differs a projected, pooled skip connection.
+
+    `scale`: of the two branches of every image, see `stochastic_depth`.
+    """
 
     dim_out: int
     num_heads: int
     window: int  # 0: attends to the whole image
     pool: bool
-    drop_path: float
     kernel: Kernel = XLA
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], deterministic: bool) -> Float[Array, "n i j d"]:
-        # One draw per image and branch, scaled by 1 / keep: stochastic depth
-        drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3), deterministic=deterministic)
+    def __call__(
+        self, x: Float[Array, "n h w c"], scale: Float[Array, "n 2"] | None
+    ) -> Float[Array, "n i j d"]:
+        def thinned(branch, y):
+            return y if scale is None else y * scale[:, branch, None, None, None].astype(y.dtype)
+
         shortcut = x
         x = layers.layer_norm(1e-6, "norm1")(x)
         if self.dim_out != x.shape[-1]:
@@ -114,10 +132,10 @@ class MultiScaleBlock(nn.Module):
         attend = MultiScaleAttention(
             self.dim_out, self.num_heads, self.window, self.pool, self.kernel, name="attn"
         )
-        x = shortcut + drop(attend(x))
+        x = shortcut + thinned(0, attend(x))
         hidden = layers.layer_norm(1e-6, "norm2")(x)
         mlp = layers.Mlp(4 * self.dim_out, self.dim_out, 2, use_gelu=True, name="mlp")
-        return x + drop(mlp(hidden))
+        return x + thinned(1, mlp(hidden))
 
 
 class Hiera(nn.Module):
@@ -129,12 +147,13 @@ class Hiera(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "n h w 3"], deterministic: bool
+        self, images: Float[Array, "n h w 3"], keys: Key[Array, " n"] | None
     ) -> list[Float[Array, "n _ _ _"]]:
         v = self.variant
         x = layers.Conv(v.embed_dim, 7, 4, 3, name="patch_embed")(images)
         x = x + self._position(x.shape[1], x.shape[2])
         rates = np.linspace(0.0, self.drop_path, sum(v.stages))
+        scales = None if keys is None else stochastic_depth(keys, rates)
         outputs, index = [], 0
         for stage, depth in enumerate(v.stages):
             for within in range(depth):
@@ -145,10 +164,9 @@ class Hiera(nn.Module):
                     num_heads=v.num_heads * 2**stage,
                     window=0 if index in v.global_blocks else window,
                     pool=first,
-                    drop_path=float(rates[index]),
                     kernel=self.kernel,
                     name=f"blocks_{index}",
-                )(x, deterministic)
+                )(x, None if scales is None or not rates[index] else scales[:, index])
                 index += 1
             outputs.append(x)
         return outputs

@@ -9,6 +9,7 @@ variance 1 / (3 fan_in)) with zero biases.
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -28,8 +29,23 @@ def dense(features: int, name: str | None = None, use_bias: bool = True) -> nn.D
         use_bias=use_bias,
         kernel_init=torch_uniform,
         promote_dtype=_to_kernel_dtype,
+        dot_general=_rows_times,
         name=name,
     )
+
+
+def _rows_times(x: Any, kernel: Any, dimension_numbers: Any, **_: Any) -> Any:
+    return product(x, kernel)
+
+
+def product(x: Float[Array, "*n c"], kernel: Float[Array, "c d"]) -> Float[Array, "*n d"]:
+    """x @ kernel as a product of two matrices, and so the gradient of the kernel.
+
+    Summed over several axes XLA would transpose an operand of that gradient, which on a CPU takes
+    longer than the product.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def _to_kernel_dtype(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
@@ -43,13 +59,28 @@ def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon, use_fast_variance=False, name=name)
 
 
+@jax.custom_jvp
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Exact GELU: Flax's default is the tanh approximation, JAX's exact one a slower erfc.
 
     In float32, as torch inside: where erf is near -1 bfloat16 would have nothing left of the sum.
+    Of it the backward pass keeps the slope alone.
     """
     wide = x.astype(jnp.float32)
-    return (wide * (0.5 * (1.0 + jax.lax.erf(wide * 0.5**0.5)))).astype(x.dtype)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _normal_cdf(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    return 0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x,), (t,) = primals, tangents
+    wide = x.astype(jnp.float32)
+    below = _normal_cdf(wide)
+    slope = below + wide * jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
+    return (wide * below).astype(x.dtype), slope.astype(x.dtype) * t
 
 
 class LayerNorm2d(nn.Module):
@@ -88,7 +119,7 @@ class Conv(nn.Module):
         kernel, bias = self.weights(x.shape[-1])
         x, bias = x.astype(kernel.dtype), bias.astype(kernel.dtype)
         if self.size == 1:
-            return x @ kernel[0, 0] + bias
+            return product(x, kernel[0, 0]) + bias
         return strided_conv(x, kernel, self.stride, self.pad) + bias
 
     def after(self, first: "Conv", x: Float[Array, "n h w c"]) -> Float[Array, "n h w d"]:
@@ -107,7 +138,7 @@ class Conv(nn.Module):
             for y in first.weights(x.shape[-1])
         )
         bias = (wide_bias + bias).astype(kernel.dtype)
-        return x.astype(kernel.dtype) @ wide[0, 0].astype(kernel.dtype) + bias
+        return product(x.astype(kernel.dtype), wide[0, 0].astype(kernel.dtype)) + bias
 
 
 def xla_conv(
@@ -153,7 +184,7 @@ def strided_conv(
                 taps = kernel[i * stride : (i + 1) * stride, j * stride : (j + 1) * stride]
                 part = x[:, i : i + rows, j : j + cols, : taps.shape[0], : taps.shape[1]]
                 depth = taps.shape[0] * taps.shape[1] * c
-                out += part.reshape(n, rows, cols, depth) @ taps.reshape(depth, -1)
+                out += product(part.reshape(n, rows, cols, depth), taps.reshape(depth, -1))
         return out
 
     return jax.lax.platform_dependent(
@@ -176,8 +207,8 @@ class Upsample2(nn.Module):
         kernel = self.param("kernel", init, (c, 2, 2, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, bias = x.astype(kernel.dtype), bias.astype(kernel.dtype)
-        y = jnp.einsum("nhwc,cijd->nhiwjd", x, kernel)
-        return y.reshape(n, 2 * h, 2 * w, self.features) + bias
+        y = product(x, kernel.reshape(c, -1)).reshape(n, h, w, 2, 2, self.features)
+        return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, self.features) + bias
 
 
 class Mlp(nn.Module):

@@ -61,7 +61,9 @@ class MaskDecoder(nn.Module):
         x = layers.gelu(add_shared(self.upscale_1(x), s0))
         mask_tokens = tokens[:, 2:6]
         hyper = [mlp(mask_tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
-        masks = jnp.einsum("nmc,nhwc->nmhw", jnp.stack(hyper, 1), x)
+        # Pixels as one axis: see `layers.product`
+        masks = jnp.einsum("nmc,npc->nmp", jnp.stack(hyper, 1), x.reshape(n, -1, x.shape[-1]))
+        masks = masks.reshape(n, 4, *x.shape[1:3])
         return Decoded(
             masks=masks.astype(jnp.float32),
             ious=self.iou_prediction_head(tokens[:, 1]).astype(jnp.float32),

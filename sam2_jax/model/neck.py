@@ -5,7 +5,7 @@ Source: facebookresearch/sam2@2b90b9f backbones/image_encoder.py (FpnNeck, scalp
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Key
 
 from sam2_jax.model import layers
 from sam2_jax.types import Array
@@ -46,9 +46,9 @@ class ImageEncoder(nn.Module):
     def __call__(
         self,
         images: Float[Array, "n h w 3"],
-        deterministic: bool,
+        keys: Key[Array, " n"] | None,
         conv_s0: layers.Conv,
         conv_s1: layers.Conv,
     ) -> tuple[Float[Array, "n i j c"], Float[Array, "n h1 w1 c1"], Float[Array, "n h0 w0 c0"]]:
         """As the neck; the convolutions are the mask decoder's."""
-        return self.neck(self.trunk(images, deterministic), conv_s0, conv_s1)
+        return self.neck(self.trunk(images, keys), conv_s0, conv_s1)

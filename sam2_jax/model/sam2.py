@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray
 
 from sam2_jax.model import layers
 from sam2_jax.model.hiera import Hiera
@@ -67,11 +67,16 @@ class Sam2(nn.Module):
             self.no_obj_embed_spatial = self.param("no_obj_embed_spatial", small, (v.memory_dim,))
             self.obj_ptr_tpos_proj = layers.dense(v.memory_dim)
 
-    def encode_image(self, images: Float[Array, "n h w 3"], deterministic: bool = True) -> Features:
-        """Normalised images (see `normalise`) to features at strides 16, 8 and 4."""
+    def encode_image(
+        self, images: Float[Array, "n h w 3"], keys: Key[Array, " n"] | None = None
+    ) -> Features:
+        """Normalised images (see `normalise`) to features at strides 16, 8 and 4.
+
+        `keys`, one for each image, are for stochastic depth; None: nothing is dropped.
+        """
         decoder = self.sam_mask_decoder
         encode = self.image_encoder
-        return Features(*encode(images, deterministic, decoder.conv_s0, decoder.conv_s1))
+        return Features(*encode(images, keys, decoder.conv_s0, decoder.conv_s1))
 
     def without_memory(self, top: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Features of a frame that is prompted without looking at any memory."""
