@@ -55,7 +55,6 @@ class Tracking(NamedTuple):
     deterministic: bool
     click: PointSampler
     box: BoxSampler
-    exact: bool  # a branch for every number of memories, or one, masked, for the most there can be
     points: bool  # whether plans may give points at all
     inference: Inference = Inference()
 

@@ -3,7 +3,6 @@
 They see nothing of each other, so how they are grouped is a matter of memory and speed alone.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax

@@ -144,12 +144,13 @@ class _Counter:
         inner = self.of(_attribute(op, "body"))
         if match := _TRIPS.search(op.line):
             return int(match[1]), inner, 0
-        # A counter that starts from 0 is compared with the only constant that there is
-        condition = self._computations[_attribute(op, "condition")]
+        # A counter that starts from 0 is compared with the only constant that there is; a loop that
+        # may end earlier (model/growing.py) names the most turns there can be
+        condition = [*self._with_called(self._computations[_attribute(op, "condition")])]
         limits = [int(m[1]) for o in condition if (m := _CONSTANT.search(o.opcode + o.line))]
         compares = any(
             o.opcode == "compare" and ("direction=LT" in o.line or "direction=GT" in o.line)
-            for o in self._with_called(condition)
+            for o in condition
         )
         if compares and len(limits) == 1:
             return limits[0], inner, 0

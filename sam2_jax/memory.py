@@ -25,7 +25,9 @@ class Context(NamedTuple):
     frames: Int[Array, " k"]  # row of the temporal code
     pointers: Float[Array, "b o j c"]
     pointer_frames: Float[Array, " j"]  # signed distance in time over the largest there can be
-    key_mask: tuple[Bool[Array, " k"], Bool[Array, " j"]] | None
+    count: Int[Array, ""]  # so many memories exist, at least 1
+    order: Int[Array, " k"]  # in which those come first
+    pointer_mask: Bool[Array, " j"] | None  # pointers that exist; None: the first `count`
 
 
 def empty(
@@ -94,18 +96,21 @@ def outgrown(num_frames: int) -> bool:
     return num_frames - 1 > WINDOW + 1
 
 
-def read(bank: Bank, frame: Int[Array, ""], count: int, num_frames: int) -> Context:
-    """What `frame` attends to while `count` memories exist (a static number, at least 1).
+def read(bank: Bank, frame: Int[Array, ""], num_frames: int) -> Context:
+    """What `frame` attends to once there are memories.
 
-    Clips of at most eight frames never outgrow the window: everything visited is in sight, and
-    no mask is needed. In longer ones an entry may linger out of sight until it is replaced.
+    Clips of at most eight frames never outgrow the window: everything visited is in sight. In
+    longer ones an entry may linger out of sight until it is replaced.
     """
-    always_full = not outgrown(num_frames)
-    num_pointers = min(num_frames - 1, bank.pointers.frame.shape[0])
-    if always_full or count <= WINDOW:
-        num_pointers = min(count, num_pointers)
-    memory, memory_mask = _take(bank.memory, frame, count, WINDOW)
-    pointers, pointer_mask = _take(bank.pointers, frame, num_pointers, POINTER_WINDOW)
+    memory, pointers = bank.memory, bank.pointers
+    size = min(num_frames - 1, memory.frame.shape[0])
+    memory = _first(memory, size)
+    pointers = _first(pointers, min(num_frames - 1, pointers.frame.shape[0]))
+    order, count, pointer_mask = jnp.arange(size), memory.count, None
+    if outgrown(num_frames):
+        seen = _in_sight(memory, frame, WINDOW)
+        order, count = jnp.argsort(~seen, stable=True), seen.sum(dtype=jnp.int32)
+        pointer_mask = _in_sight(pointers, frame, POINTER_WINDOW)
     distance = frame - memory.frame
     # Row 6 is shared by all conditioning frames; row 0 is the frame just before, row 5 the oldest
     rows = jnp.where(memory.is_cond, WINDOW, jnp.clip(distance - 1, 0, WINDOW - 1))
@@ -114,14 +119,17 @@ def read(bank: Bank, frame: Int[Array, ""], count: int, num_frames: int) -> Cont
         frames=rows,
         pointers=pointers.values,
         pointer_frames=(frame - pointers.frame) / bank.max_distance,
-        key_mask=None if always_full else (memory_mask, pointer_mask),
+        count=count,
+        order=order,
+        pointer_mask=pointer_mask,
     )
 
 
-def _take(slots: Slots, frame, count: int, window: int) -> tuple[Slots, Bool[Array, " k"]]:
-    """The first `count` slots and which of them `frame` may see."""
-    first = Slots(
-        slots.values[:, :, :count], slots.frame[:count], slots.is_cond[:count], slots.count
-    )
-    near = (first.frame < frame) & (first.frame >= frame - window)
-    return first, (first.is_cond | near) & (jnp.arange(count) < slots.count)
+def _first(slots: Slots, size: int) -> Slots:
+    return Slots(slots.values[:, :, :size], slots.frame[:size], slots.is_cond[:size], slots.count)
+
+
+def _in_sight(slots: Slots, frame: Int[Array, ""], window: int) -> Bool[Array, " k"]:
+    """Which entries `frame` may see."""
+    near = (slots.frame < frame) & (slots.frame >= frame - window)
+    return (slots.is_cond | near) & (jnp.arange(slots.frame.shape[0]) < slots.count)

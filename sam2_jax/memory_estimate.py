@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from sam2_jax import sharding, train
 from sam2_jax.memory import WINDOW
 from sam2_jax.model.kernels import LARGE, XLA
-from sam2_jax.model.sam2 import MAX_POINTERS, NUM_MEMORIES, init_params, make_sam2
+from sam2_jax.model.sam2 import init_params, make_sam2
 from sam2_jax.model.variants import VARIANTS, Variant
 from sam2_jax.types import UserError
 
@@ -185,11 +185,12 @@ def _visits(config: Any, frames: int, held: int, dtype: Any) -> int:
         return tokens * v.hidden_dim * (kept[0] * dtype.itemsize + kept[1] * FLOAT32)
 
     decoded = bytes_of(KEPT_BY_PASS)
-    # Memory attention, and the pass after a click, are computed again one by one in any case
-    again = max(_remembering(config, frames, dtype), decoded * _has_clicks(config, frames))
+    remembering = _remembering(config, frames, dtype)
     if config.train.remat == "none":
         made = bytes_of(KEPT_BY_MEMORY) if frames > 1 else 0
-        return held * (decoded + made) + again
+        # The pass after a click is computed again one by one in any case
+        return held * (decoded + made + remembering) + decoded * _has_clicks(config, frames)
+    again = max(remembering, decoded * _has_clicks(config, frames))
     # Of a visit the first pass and the one after a click, which need not be there with memory
     # attention; no more are the insides of the memory encoder, which are about as large.
     return max(again, decoded * (1 + _has_clicks(config, frames)))
@@ -201,17 +202,14 @@ def _has_clicks(config: Any, frames: int) -> bool:
 
 
 def _remembering(config: Any, frames: int, dtype: Any) -> int:
-    """Bytes of one object on the frame that looks at the most memories, all layers."""
+    """Bytes of one object in memory attention, all layers; of memories it holds no keys."""
     if frames == 1:
         return 0  # there are none
     v, tokens = VARIANTS[config.model.variant], (config.model.resolution // 16) ** 2
-    memories = min(frames - 1, NUM_MEMORIES) * tokens
-    memories += min(frames - 1, MAX_POINTERS) * (v.hidden_dim // v.memory_dim)
     dropout = config.model.attention_dropout > 0
     widths = tokens * (KEPT_BY_LAYER * v.hidden_dim + 2 * v.feedforward_dim)
-    widths += memories * (2 * v.hidden_dim + v.memory_dim)  # keys before and after their code
-    weights = [_weights(tokens, k, config, dtype.itemsize, dropout) for k in (tokens, memories)]
-    return v.memory_layers * (widths * dtype.itemsize + sum(weights))
+    weights = _weights(tokens, tokens, config, dtype.itemsize, dropout)
+    return v.memory_layers * (widths * dtype.itemsize + weights)
 
 
 def _logits(config: Any, frames: int) -> int:

@@ -85,6 +85,8 @@ def describe_attention(config: Any, model: Sam2) -> str:
         part: described(model.kernel, size, config.train.precision, drops)
         for part, (size, drops) in parts.items()
     }
+    if names.get("memory, earlier frames") == "xla":
+        names["memory, earlier frames"] = "blockwise"  # of any size: see model/growing.py
     return "; ".join(f"{part}: {name}" for part, name in names.items())
 
 

@@ -94,7 +94,6 @@ def make_tracking(
         deterministic=deterministic,
         click=click,
         box=box,
-        exact=True,
         points=points,
     )
 
@@ -194,8 +193,8 @@ def condition(
         plain = jnp.where(visit.from_mask, top, tracking.call("without_memory", top))
         return jnp.repeat(plain[:, None], objects, 1)
 
-    def remembering(count: int):
-        context = memory.read(bank, visit.frame, count, tracking.num_frames)
+    def remembering():
+        context = memory.read(bank, visit.frame, tracking.num_frames)
         context = context._replace(memory=context.memory.astype(compute_dtype(tracking.params)))
         return tracking.call(
             "with_memory",
@@ -205,12 +204,9 @@ def condition(
             rngs={"dropout": key},
         )
 
-    most = min(tracking.num_frames - 1, bank.memory.frame.shape[0])
-    counts = range(1, most + 1) if tracking.exact else [most]
-    # Recomputed in the backward pass: else every visit would hold the insides of all branches
-    branches = [alone] + [jax.checkpoint(partial(remembering, count)) for count in counts]
-    branch = bank.memory.count if tracking.exact else 1
-    return jax.lax.switch(jnp.where(visit.is_cond, 0, branch), branches)
+    if tracking.num_frames == 1:
+        return alone()
+    return jax.lax.cond(visit.is_cond, alone, remembering)
 
 
 def finish(

@@ -23,7 +23,7 @@ def run(order, is_cond, num_frames, max_cond):
     for at, frame in enumerate(order):
         count = int(bank.memory.count)
         if count and not is_init(order, is_cond, at):
-            yield at, memory.read(bank, jnp.int32(frame), count, num_frames)
+            yield at, memory.read(bank, jnp.int32(frame), num_frames)
         value = jnp.full(SHAPE, float(frame))
         bank = write(bank, jnp.int32(frame), jnp.asarray(is_cond[frame]), value, value[..., 0, :])
 
@@ -33,11 +33,18 @@ def is_init(order, is_cond, at):
     return all(is_cond[f] for f in order[: at + 1])
 
 
-def seen(values, mask):
-    frames = np.asarray(values).reshape(-1).astype(int)
-    frames = frames if mask is None else frames[np.asarray(mask)]
+def seen(values, which):
+    frames = np.asarray(values).reshape(-1).astype(int)[which]
     assert len(frames) == len(set(frames))
     return set(frames.tolist())
+
+
+def existing(context):
+    """Slots of memories and of pointers that exist."""
+    count = int(context.count)
+    mask = context.pointer_mask
+    assert sorted(context.order.tolist()) == list(range(context.memory.shape[2]))
+    return np.asarray(context.order[:count]), slice(count) if mask is None else np.asarray(mask)
 
 
 @pytest.mark.parametrize("num_frames", [2, 4, 8, 9, 16, 40])
@@ -51,22 +58,22 @@ def test_every_frame_sees_what_the_rule_says(num_frames, cond, corrected):
     if corrected is not None and corrected < num_frames:
         is_cond[corrected] = True  # it becomes a conditioning frame once it is visited
     for at, context in run(order, is_cond, num_frames, max_cond=3):
-        masks = context.key_mask or (None, None)
+        memories, pointers = existing(context)
         frame = order[at]
-        assert seen(context.memory, masks[0]) == visible(order, is_cond, at, 6), frame
-        assert seen(context.pointers, masks[1]) == visible(order, is_cond, at, 15), frame
+        assert seen(context.memory, memories) == visible(order, is_cond, at, 6), frame
+        assert seen(context.pointers, pointers) == visible(order, is_cond, at, 15), frame
 
 
 def test_short_clips_need_no_mask_and_no_spare_slot():
     order, is_cond = list(range(8)), np.arange(8) == 0
     for at, context in run(order, is_cond, 8, max_cond=2):
-        assert context.key_mask is None
-        assert context.memory.shape[2] == context.pointers.shape[2] == at
+        assert context.pointer_mask is None and context.count == at
+        assert context.memory.shape[2] == context.pointers.shape[2] == 7
 
 
 def test_temporal_rows_and_distances():
     order, is_cond = [0, 4, 1, 2, 3, 5], np.isin(np.arange(6), [0, 4])
     reads = dict(run(order, is_cond, 6, max_cond=2))
     # Frame 3 sees conditioning frames 0 and 4 (row 6), frame 1 two before and 2 just before
-    assert reads[4].frames.tolist() == [6, 6, 1, 0]
-    np.testing.assert_allclose(reads[4].pointer_frames, np.array([3, -1, 2, 1]) / 5)
+    assert reads[4].count == 4 and reads[4].frames[:4].tolist() == [6, 6, 1, 0]
+    np.testing.assert_allclose(reads[4].pointer_frames[:4], np.array([3, -1, 2, 1]) / 5)

@@ -52,16 +52,16 @@ def _forward(rate, blocks, query, key, value, mask, draw):
 
     def rows(_, block):
         q, numbers = block
-        logits = _logits(q, key, mask)
+        logits = logits_of(q, key, mask)
         top = logits.max(-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = weights.sum(-1)
         scale, sums = 1.0 / total, jnp.ones_like(total)
         if draw is not None:
             weights = jnp.where(kept(Draw(numbers, draw.columns), rate), weights, 0.0)
-            scale = scale * _gain(rate)
+            scale = scale * gain(rate)
             sums = weights.sum(-1) * scale
-        out = _product("nhqk,nhkd->nhqd", weights.astype(value.dtype), value) * scale[..., None]
+        out = multiply("nhqk,nhkd->nhqd", weights.astype(value.dtype), value) * scale[..., None]
         return None, (out.astype(value.dtype), sums, top[..., 0] + jnp.log(total))
 
     numbers = None if draw is None else _cut(draw.rows, size)
@@ -74,8 +74,7 @@ def _backward(rate, blocks, saved, cotangents):
     query, key, value, mask, draw, out, sums, log_total = saved
     g_out, g_sums = cotangents
     size, keys = blocks[1], key.shape[2]
-    # With D the kept and scaled weights and g their gradient, that of a logit before the
-    # normalisation is D g minus its weight times the sum of D g over all keys, which is:
+    # The sum of a query's weights times their gradients, see `gradients`
     mean = (g_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     if draw is not None:
         mean = mean + g_sums * sums
@@ -84,18 +83,12 @@ def _backward(rate, blocks, saved, cotangents):
 
     def columns(g_query, block):
         k, v, m, numbers = block
-        weights = jnp.exp(_logits(query, k, m) - log_total[..., None])
-        g = _product("nhqd,nhkd->nhqk", g_out, v)
-        dropped = weights
-        if draw is not None:
-            keep = kept(Draw(draw.rows, numbers), rate)
-            g = g + g_sums[..., None]
-            dropped = jnp.where(keep, weights * _gain(rate), 0.0)
-        g_value = _product("nhqk,nhqd->nhkd", dropped.astype(value.dtype), g_out)
-        g_logits = dropped * g - weights * mean[..., None]
-        g_logits = (g_logits / math.sqrt(query.shape[-1])).astype(query.dtype)
-        g_key = _product("nhqk,nhqd->nhkd", g_logits, query)
-        g_query = g_query + _product("nhqk,nhkd->nhqd", g_logits, k)
+        weights = jnp.exp(logits_of(query, k, m) - log_total[..., None])
+        keep = None if draw is None else kept(Draw(draw.rows, numbers), rate)
+        more, g_key, g_value = gradients(
+            weights, keep, gain(rate), query, k, v, g_out, g_sums, mean
+        )
+        g_query = g_query + more
         return g_query, (g_key.astype(key.dtype), g_value.astype(value.dtype))
 
     numbers = None if draw is None else _cut(draw.columns, size)
@@ -110,16 +103,51 @@ _blockwise = jax.custom_vjp(_output, nondiff_argnums=(0, 1))
 _blockwise.defvjp(_forward, _backward)
 
 
-def _logits(q, k, mask):
-    logits = _product("nhqd,nhkd->nhqk", q, k) / math.sqrt(q.shape[-1])
+def gradients(
+    weights: Float[Array, "n h q k"],
+    keep: Bool[Array, "n h q k"] | None,
+    scale: float,
+    query: Float[Array, "n h q d"],
+    key: Float[Array, "n h k d"],
+    value: Float[Array, "n h k dv"],
+    g_out: Float[Array, "n h q dv"],
+    g_sums: Float[Array, "n h q"],
+    mean: Float[Array, "n h q"],
+) -> tuple[Float[Array, "n h q d"], Float[Array, "n h k d"], Float[Array, "n h k dv"]]:
+    """Gradients of queries, keys and values, in float32, from a block of keys.
+
+    `weights` are those of the softmax, of which dropout keeps some, times `scale`; `g_out` and
+    `g_sums` are the gradients of the output and of the sums of the kept ones. With D the kept and
+    scaled weights and g their gradient, that of a logit is D g minus its weight times the sum of
+    D g over all keys, which is `mean`.
+    """
+    g = multiply("nhqd,nhkd->nhqk", g_out, value)
+    dropped = weights
+    if keep is not None:
+        g = g + g_sums[..., None]
+        dropped = jnp.where(keep, weights * scale, 0.0)
+    g_value = multiply("nhqk,nhqd->nhkd", dropped.astype(value.dtype), g_out)
+    g_logits = dropped * g - weights * mean[..., None]
+    g_logits = (g_logits / math.sqrt(query.shape[-1])).astype(query.dtype)
+    g_key = multiply("nhqk,nhqd->nhkd", g_logits, query)
+    return multiply("nhqk,nhkd->nhqd", g_logits, key), g_key, g_value
+
+
+def logits_of(
+    query: Float[Array, "n h q d"], key: Float[Array, "n h k d"], mask: Bool[Array, "#n k"] | None
+) -> Float[Array, "n h q k"]:
+    """query key^T / sqrt(d) in float32; -inf where the mask says no."""
+    logits = multiply("nhqd,nhkd->nhqk", query, key) / math.sqrt(query.shape[-1])
     return logits if mask is None else jnp.where(mask[:, None, None, :], logits, -jnp.inf)
 
 
-def _product(formula, a, b):
+def multiply(formula: str, a: Array, b: Array) -> jax.Array:
+    """einsum of two arrays, summed and returned in float32."""
     return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
 
 
-def _gain(rate):
+def gain(rate: float) -> float:
+    """What the kept weights are multiplied with, so that their expectation stays."""
     return 1.0 / probability(rate) if probability(rate) else 0.0
 
 

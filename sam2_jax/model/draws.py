@@ -1,4 +1,4 @@
-"""Which attention weights dropout keeps: a draw that costs next to nothing and can be repeated.
+"""What dropout keeps, of attention weights above all: a draw that is cheap and can be repeated.
 
 A weight's fate is a function of its key, query and position, so whoever computes a block of the
 weights, in whatever order, on however many devices and on whatever platform, finds the same draw.

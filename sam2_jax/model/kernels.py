@@ -13,6 +13,7 @@ NAMES = ("auto", "xla", "blockwise", "cudnn", "flash")
 # trunk, tokens of the mask decoder, all at 256 pixels) attention is XLA's own, whatever was chosen:
 # on a CPU blockwise is as fast at 256 queries and 1856 keys, 2 to 4 times as fast at 1024 and 1024.
 LARGE = 2**19
+FUSED = {"cudnn": "gpu", "flash": "tpu"}  # and the platform each is for
 HALF = ("bfloat16", "float16")
 AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities
 
@@ -69,10 +70,9 @@ def choose(kernel: Kernel, head_dim: int, dtype: Any, dropout: bool, masked: boo
 
 def refusal(kernel: Kernel, head_dim: int, dtype: Any, dropout: bool) -> str:
     """Why `kernel` cannot compute an attention, or ''."""
-    fused = {"cudnn": "gpu", "flash": "tpu"}
-    if kernel.name not in fused:
+    if kernel.name not in FUSED:
         return ""
-    if kernel.platform != fused[kernel.name]:
+    if kernel.platform != FUSED[kernel.name]:
         what = "an NVIDIA GPU" if kernel.name == "cudnn" else "a TPU"
         return f"needs {what}, and this is a {kernel.platform.upper()}"
     if dropout:

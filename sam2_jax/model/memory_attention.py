@@ -3,16 +3,21 @@
 Source: SAM 2 (arXiv 2408.00714, section 4), facebookresearch/sam2@2b90b9f memory_attention.py.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from sam2_jax.model import layers
+from sam2_jax.model import growing, layers
 from sam2_jax.model.attention import attention
-from sam2_jax.model.kernels import XLA, Kernel
-from sam2_jax.model.position import rotary_table, rotate
+from sam2_jax.model.blockwise import BLOCKS, CPU_BLOCKS
+from sam2_jax.model.draws import kept, make_draw, probability
+from sam2_jax.model.kernels import FUSED, LARGE, XLA, Kernel, choose
+from sam2_jax.model.position import rotary_table, rotate, sine_grid
 from sam2_jax.types import Array
 
 
@@ -34,6 +39,30 @@ class SelfAttention(nn.Module):
         return layers.dense(self.dim, "out_proj")(out[:, :, 0])
 
 
+class Memories(NamedTuple):
+    """What is remembered of each of n objects, and what of it there is."""
+
+    frames: Float[Array, "n k t d"]
+    temporal: Float[Array, "k d"]  # code of each frame's distance in time
+    pointers: Float[Array, "n p d"]  # object pointers, cut into tokens
+    times: Float[Array, "p d"]  # code of each token's distance in time
+    order: Int[Array, " k"]  # of the frames; the first `count` exist
+    count: Int[Array, ""]  # at least 1
+    pointer_mask: Bool[Array, " p"] | None  # None: of `count` frames the first pointers exist
+
+
+class Projection(nn.Module):
+    """The parameters of a dense layer."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Array, Array]:
+        """(kernel, bias) for inputs of so many channels."""
+        kernel = self.param("kernel", layers.torch_uniform, (channels, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+
+
 class CrossAttention(nn.Module):
     """One head; rotary positions on queries and memories, none on pointers.
 
@@ -48,37 +77,73 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "n q c"],
-        memory: Float[Array, "n k d"],
-        memory_code: Float[Array, "#n k d"],
-        num_pointer_tokens: int,
-        key_mask: Bool[Array, "#n k"] | None,
-        deterministic: bool,
+        self, x: Float[Array, "n q c"], memories: Memories, deterministic: bool
     ) -> Float[Array, "n q c"]:
         n, tokens = x.shape[:2]
         table = jnp.asarray(rotary_table(int(tokens**0.5), self.dim))
         q = rotate(layers.dense(self.dim, "q_proj")(x), table)
-        k = layers.dense(self.dim, "k_proj")(memory + memory_code)
-        spatial = k.shape[1] - num_pointer_tokens
-        frames = k[:, :spatial].reshape(n, spatial // tokens, tokens, self.dim)
-        turned = rotate(frames, table).reshape(n, spatial, self.dim)
-        k = jnp.concatenate([turned, k[:, spatial:]], 1)
-        key = None if deterministic or not self.dropout else self.make_rng("dropout")
-        out, sums = attention(
-            q[:, :, None],
-            k[:, :, None],
-            memory[:, :, None],
-            key_mask,
-            self.dropout,
-            key,
-            self.kernel,
-        )
+        _, most, _, d = memories.frames.shape
+        kernel, bias = Projection(self.dim, name="k_proj")(d)
+        m = memories
+        of = growing.Remembered(m.frames, m.temporal, m.pointers, m.times, kernel, bias)
+        position = jnp.asarray(sine_grid(int(tokens**0.5), int(tokens**0.5), d).reshape(tokens, d))
+        drops = bool(self.dropout) and not deterministic
+        name = "xla"
+        if tokens * most * tokens >= LARGE:
+            name = choose(self.kernel, self.dim, q.dtype, drops, m.pointer_mask is not None)
         v_proj = layers.dense(self.dim, "v_proj")
-        value = v_proj(out[:, :, 0])
-        if sums is not None:
-            value = value + (sums[:, :, 0] - 1) * v_proj.variables["params"]["bias"]
+        if name in FUSED:
+            value = v_proj(self._fused(q, of, m, position, table))
+        else:
+            draw = None
+            pointers = m.pointers.shape[1]
+            if drops:
+                keys = most * tokens + pointers
+                draw = make_draw(self.make_rng("dropout"), n, 1, tokens, keys)
+            mask = m.pointer_mask
+            if mask is None:
+                mask = jnp.arange(pointers) < m.count * (pointers // most)
+            scope = growing.Scope(m.order, m.count, mask, position, table, draw)
+            block = CPU_BLOCKS[1] if self.kernel.platform == "cpu" else BLOCKS[1]
+            out, sums = growing.attend(q, of, scope, self.dropout, block)
+            value = v_proj(out)
+            if drops:
+                value = value + (sums[..., None] - 1) * v_proj.variables["params"]["bias"]
         return layers.dense(self.dim, "out_proj")(value)
+
+    def _fused(
+        self,
+        q: Float[Array, "n q c"],
+        of: growing.Remembered,
+        m: Memories,
+        position: Float[Array, "t d"],
+        table: Float[Array, "t 2 f"],
+    ) -> Float[Array, "n q d"]:
+        """One kernel of a static size for every number of frames."""
+        n, most, tokens, d = of.memory.shape
+        each = of.pointers.shape[1] // most
+
+        def of_frames(count: int) -> Array:
+            slots = m.order[:count]
+            code = position + of.temporal[slots][:, None]
+            frames = of.memory[:, slots].reshape(n, count * tokens, d)
+            keys = growing.make_keys(of, frames, code.reshape(count * tokens, d))
+            keys = rotate(keys.reshape(n, count, tokens, -1), table).reshape(*frames.shape[:2], -1)
+            used = slice(None) if m.pointer_mask is not None else slice(count * each)
+            pointers = of.pointers[:, used]
+            mask = m.pointer_mask
+            if mask is not None:
+                mask = jnp.concatenate([jnp.ones(count * tokens, bool), mask])[None]
+            keys = jnp.concatenate([keys, growing.make_keys(of, pointers, of.times[used])], 1)
+            values = jnp.concatenate([frames, pointers], 1)
+            out, _ = attention(
+                q[:, :, None], keys[:, :, None], values[:, :, None], mask, kernel=self.kernel
+            )
+            return out[:, :, 0]
+
+        # Recomputed in the backward pass: else the insides of all branches would be held
+        branches = [jax.checkpoint(partial(of_frames, i + 1)) for i in range(most)]
+        return jax.lax.switch(m.count - 1, branches)
 
 
 class MemoryAttention(nn.Module):
@@ -96,20 +161,17 @@ class MemoryAttention(nn.Module):
         self,
         image: Float[Array, "b q c"],
         image_code: Float[np.ndarray, "q c"],
-        memory: Float[Array, "n k d"],
-        memory_code: Float[Array, "#n k d"],
-        num_pointer_tokens: int,
-        key_mask: Bool[Array, "#n k"] | None,
+        memories: Memories,
         deterministic: bool,
     ) -> Float[Array, "n q c"]:
-        """Features of each of n = b * o objects, conditioned on that object's memory.
-
-        The last `num_pointer_tokens` of `memory` are object pointers; the rest are whole frames.
-        """
-        n, b = memory.shape[0], image.shape[0]
+        """Features of each of n = b * o objects, conditioned on that object's memories."""
+        n, b = memories.frames.shape[0], image.shape[0]
 
         def drop(y):
-            return nn.Dropout(self.dropout, deterministic=deterministic)(y)
+            if deterministic or not self.dropout:
+                return y
+            draw = make_draw(self.make_rng("dropout"), y.shape[0], 1, *y.shape[1:])
+            return jnp.where(kept(draw, self.dropout)[:, 0], y / probability(self.dropout), 0.0)
 
         # The first self-attention sees the same features for every object of a video: once per
         # video is enough. In training the objects then share the draw on those weights (the
@@ -131,7 +193,7 @@ class MemoryAttention(nn.Module):
                 self.kernel,
                 name=f"layers_{i}_cross_attn_image",
             )
-            x = x + drop(cross(y, memory, memory_code, num_pointer_tokens, key_mask, deterministic))
+            x = x + drop(cross(y, memories, deterministic))
             y = layers.layer_norm(1e-5, f"layers_{i}_norm3")(x)
             y = drop(jax.nn.relu(layers.dense(self.feedforward, f"layers_{i}_linear1")(y)))
             x = x + drop(layers.dense(self.dim, f"layers_{i}_linear2")(y))

@@ -14,7 +14,7 @@ from sam2_jax.model import layers
 from sam2_jax.model.hiera import Hiera
 from sam2_jax.model.kernels import XLA, Kernel, make_kernel
 from sam2_jax.model.mask_decoder import MaskDecoder
-from sam2_jax.model.memory_attention import MemoryAttention
+from sam2_jax.model.memory_attention import Memories, MemoryAttention
 from sam2_jax.model.memory_encoder import MemoryEncoder
 from sam2_jax.model.neck import FpnNeck, ImageEncoder
 from sam2_jax.model.position import sine_1d, sine_grid
@@ -23,7 +23,6 @@ from sam2_jax.model.variants import Variant, variant
 from sam2_jax.types import Array, Decoded, Features, UserError
 
 NUM_MEMORIES = 7  # one conditioning frame and six before the current one
-MAX_POINTERS = 16
 VERSIONS = ("2.0", "2.1")
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet, RGB
 STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -89,36 +88,36 @@ class Sam2(nn.Module):
         frames: Int[Array, " k"],
         pointers: Float[Array, "b o j c"],
         pointer_frames: Float[Array, " j"],
-        key_mask: tuple[Bool[Array, " k"], Bool[Array, " j"]] | None,
+        count: Int[Array, ""],
+        order: Int[Array, " k"],
+        pointer_mask: Bool[Array, " j"] | None,
         deterministic: bool = True,
     ) -> Float[Array, "b o h w c"]:
-        """Features conditioned on k memories and j object pointers of every object.
+        """Features conditioned on memories and object pointers of every object.
 
         `frames` is each memory's row of the temporal code, `pointer_frames` each pointer's
-        distance in time, over the largest there can be. `key_mask` marks the slots that hold
-        something; None where all do.
+        distance in time, over the largest there can be. Of the memories in that `order` the first
+        `count` exist; of the pointers those of the mask, or without one the first `count`.
         """
         b, h, w, c = top.shape
         o, k, n, d = memory.shape[1:]
-        split = c // d
-        code = jnp.asarray(sine_grid(h, w, d).reshape(n, d))
-        code = (code + self.maskmem_tpos_enc[frames][:, None]).astype(memory.dtype)
-        tokens = pointers.reshape(b * o, -1, d)  # a pointer is cut into c / d tokens
+        split = c // d  # a pointer is cut into so many tokens
         if self.version == "2.1":
             time = self.obj_ptr_tpos_proj(sine_1d(pointer_frames, c))
         else:
             time = jnp.zeros((pointers.shape[2], d), memory.dtype)
-        mask = None
-        if key_mask is not None:
-            mask = jnp.concatenate([jnp.repeat(key_mask[0], n), jnp.repeat(key_mask[1], split)])
-            mask = mask[None]
         out = self.memory_attention(
             image=top.reshape(b, h * w, c),
             image_code=sine_grid(h, w, c).reshape(h * w, c),
-            memory=jnp.concatenate([memory.reshape(b * o, k * n, d), tokens], 1),
-            memory_code=jnp.concatenate([code.reshape(k * n, d), jnp.repeat(time, split, 0)])[None],
-            num_pointer_tokens=tokens.shape[1],
-            key_mask=mask,
+            memories=Memories(
+                frames=memory.reshape(b * o, k, n, d),
+                temporal=self.maskmem_tpos_enc[frames],
+                pointers=pointers.reshape(b * o, -1, d),
+                times=jnp.repeat(time, split, 0),
+                order=order,
+                count=count,
+                pointer_mask=None if pointer_mask is None else jnp.repeat(pointer_mask, split),
+            ),
             deterministic=deterministic,
         )
         return out.reshape(b, o, h, w, c)
@@ -187,8 +186,10 @@ class Sam2(nn.Module):
         present = jnp.ones((1, 1), bool)
         memory = self.encode_memory(features.top, mask, present)[:, :, None]
         pointer = jnp.zeros((1, 1, 1, self.variant.hidden_dim))
-        one = jnp.zeros(1, int)
-        top = self.with_memory(features.top, memory, one, pointer, jnp.zeros(1), None)[:, 0]
+        zero, one = jnp.zeros(1, int), jnp.ones((), int)
+        top = self.with_memory(features.top, memory, zero, pointer, jnp.zeros(1), one, zero, None)[
+            :, 0
+        ]
         dense = self.mask_prompt(self.downsample_mask(mask[:, 0])) + self.no_mask_prompt()
         points, labels = jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), int)
         assert dense.shape[1] == size

@@ -73,7 +73,6 @@ def make_tracker(model: Sam2, inference: Inference = PLAIN, precision: str = "")
             deterministic=True,
             click=centre_click,
             box=noisy_box,
-            exact=False,
             points=clicks > 0,
             inference=inference,
         )

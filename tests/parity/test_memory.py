@@ -69,17 +69,19 @@ def test_memory_attention(make_pair, call, draw, resolution, kind, count):
         return last(found)
 
     rows = np.array([6] + [count - t - 1 for t in range(1, count)])
-    # In other slots than the reference's, among slots that hold nothing
-    order = np.random.default_rng(count).permutation(count)
+    # In other slots than the reference's, beside slots that hold nothing
+    at, where = np.random.default_rng(count).permutation(8), np.zeros(8, int)
+    where[at[:count]] = np.arange(count)
 
     def spread(x):
-        return np.concatenate([x[:, :, order], 100 * np.ones_like(x[:, :, :1])], 2)
+        slots = np.full((N, OBJECTS, 8, *x.shape[3:]), 100.0, np.float32)
+        slots[:, :, at[:count]] = x
+        return slots
 
-    where = np.append(order, 0)
-    used = np.append(np.ones(count, bool), False)
+    used = np.isin(np.arange(8), at[:count])
     distance = ((count - where) / 15).astype(np.float32)
-    slots = spread(memory), rows[where], spread(pointers), distance, (used, used)
-    ours = call(pair, "with_memory", top, *slots)
+    slots = spread(memory), rows[where], spread(pointers), distance
+    ours = call(pair, "with_memory", top, *slots, np.int32(count), at, used)
     exact, runs = exactly(theirs, pair.reference), roundings(theirs, pair.reference)
     ours = ours.reshape(n, side, side, c)
     close_to_exact(f"memory attention {kind}", ours, runs, exact, tolerances.MODULE)
