@@ -7,6 +7,7 @@ a larger logit appears; the backward pass makes the weights again (FlashAttentio
 2205.14135). Every query has one head.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,11 @@ def make_keys(
     """Memories or pointers with their code, projected."""
     x = (x + code.astype(x.dtype)).astype(of.kernel.dtype)
     return product(x, of.kernel) + of.bias.astype(of.kernel.dtype)
+
+
+def again(fn: Callable, *args: Any) -> Any:
+    """What the forward pass had computed and did not keep. Who counts work may leave it out."""
+    return fn(*args)
 
 
 def attend(
@@ -110,7 +116,7 @@ def _backward(rate, size, saved, cotangents):
         mean = mean + g_sums * sums
 
     def back(keys, values, mask, keep):
-        logits = logits_of(query, keys[:, None], mask)
+        logits = again(logits_of, query, keys[:, None], mask)
         weights = jnp.exp(logits - log_total[..., None])
         found = gradients(
             weights, keep, gain(rate), query, keys[:, None], values[:, None], g_out, g_sums, mean
@@ -122,48 +128,43 @@ def _backward(rate, size, saved, cotangents):
         g_query, g_memory, g_temporal, g_kernel, g_bias = state
         block = _block(of.memory, scope, i, size)
 
-        def keys_of(memory, temporal, kernel, bias):
-            other = of._replace(kernel=kernel, bias=bias)
-            keys = make_keys(other, memory, block.position + temporal)
-            return rotate(keys, block.table)
-
-        given = block.memory, of.temporal[block.slot], of.kernel, of.bias
-        keys, pull = jax.vjp(keys_of, *given)
+        code = block.code(of)
+        keys = again(rotate, again(make_keys, of, block.memory, code), block.table)
         keep = _kept(scope, rate, block.start, size)
         more, g_keys, g_values = back(keys, block.memory, None, keep)
-        g_block, g_code, more_kernel, more_bias = pull(g_keys.astype(keys.dtype))
+        turned_back = rotate(g_keys.astype(keys.dtype), block.table * jnp.array([[1.0], [-1.0]]))
+        g_block, g_code, more_kernel, more_bias = _through_keys(of, block.memory, code, turned_back)
         g_block = (g_block + g_values)[:, None].astype(g_memory.dtype)
         at = (0, block.slot, block.place, 0)
         return (
             g_query + more,
             jax.lax.dynamic_update_slice(g_memory, g_block, at),
-            g_temporal.at[block.slot].add(g_code),
+            g_temporal.at[block.slot].add(g_code.sum(0)),
             g_kernel + more_kernel,
             g_bias + more_bias,
         )
 
     pointers = of.pointers.shape[1]
 
-    def keys_of_pointers(pointers, times, kernel, bias):
-        return make_keys(of._replace(kernel=kernel, bias=bias), pointers, times)
-
-    keys, pull = jax.vjp(keys_of_pointers, of.pointers, of.times, of.kernel, of.bias)
+    keys = again(make_keys, of, of.pointers, of.times)
     keep = _kept(scope, rate, _tokens(of), pointers)
     g_query, g_keys, g_values = back(keys, of.pointers, scope.pointer_mask[None], keep)
-    g_pointers, g_times, g_kernel, g_bias = pull(g_keys.astype(keys.dtype))
+    g_pointers, g_times, g_kernel, g_bias = _through_keys(
+        of, of.pointers, of.times, g_keys.astype(keys.dtype)
+    )
     sums_so_far = (
         g_query,
         jnp.zeros_like(of.memory),
         jnp.zeros_like(of.temporal),
-        g_kernel.astype(jnp.float32),
-        g_bias.astype(jnp.float32),
+        g_kernel,
+        g_bias,
     )
     g_query, g_memory, g_temporal, g_kernel, g_bias = _loop(of, scope, size, turn, sums_so_far)
     g_of = Remembered(
         g_memory,
         g_temporal,
         (g_pointers + g_values).astype(of.pointers.dtype),
-        g_times,
+        g_times.astype(of.times.dtype),
         g_kernel.astype(of.kernel.dtype),
         g_bias.astype(of.bias.dtype),
     )
@@ -172,6 +173,15 @@ def _backward(rate, size, saved, cotangents):
 
 _attend = jax.custom_vjp(_output, nondiff_argnums=(0, 1))
 _attend.defvjp(_forward, _backward)
+
+
+def _through_keys(of: Remembered, x: Array, code: Array, g_keys: Array) -> tuple[Array, ...]:
+    """Gradients of `make_keys`: of x, of its code, and of kernel and bias, which in float32."""
+    x = (x + code.astype(x.dtype)).astype(of.kernel.dtype)
+    rows, g = x.reshape(-1, x.shape[-1]), g_keys.reshape(-1, g_keys.shape[-1])
+    g_x = product(g_keys, of.kernel.T)
+    g_kernel = multiply("rd,rc->dc", rows, g)
+    return g_x, g_x.sum(0), g_kernel, g.sum(0, dtype=jnp.float32)
 
 
 class _Block(NamedTuple):
