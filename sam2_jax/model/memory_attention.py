@@ -51,18 +51,6 @@ class Memories(NamedTuple):
     pointer_mask: Bool[Array, " p"] | None  # None: of `count` frames the first pointers exist
 
 
-class Projection(nn.Module):
-    """The parameters of a dense layer."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, channels: int) -> tuple[Array, Array]:
-        """(kernel, bias) for inputs of so many channels."""
-        kernel = self.param("kernel", layers.torch_uniform, (channels, self.features))
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
-
-
 class CrossAttention(nn.Module):
     """One head; rotary positions on queries and memories, none on pointers.
 
@@ -83,9 +71,11 @@ class CrossAttention(nn.Module):
         table = jnp.asarray(rotary_table(int(tokens**0.5), self.dim))
         q = rotate(layers.dense(self.dim, "q_proj")(x), table)
         _, most, _, d = memories.frames.shape
-        kernel, bias = Projection(self.dim, name="k_proj")(d)
         m = memories
-        of = growing.Remembered(m.frames, m.temporal, m.pointers, m.times, kernel, bias)
+        k_proj = layers.dense(self.dim, "k_proj")
+        k_proj(m.pointers)  # for its parameters to be there; keys are made block by block
+        k = k_proj.variables["params"]
+        of = growing.Remembered(m.frames, m.temporal, m.pointers, m.times, k["kernel"], k["bias"])
         position = jnp.asarray(sine_grid(int(tokens**0.5), int(tokens**0.5), d).reshape(tokens, d))
         drops = bool(self.dropout) and not deterministic
         name = "xla"
