@@ -204,7 +204,7 @@ def test_heads(make_pair, rng, draw, resolution, kind):
         reference.score_bias(model).sub_((scores[1] + scores[2]) / 2)
     exact = exactly(theirs, model)
 
-    rest: Any = dict(num_frames=2, corrections=2, deterministic=True, exact=True, points=True)
+    rest: Any = dict(num_frames=2, corrections=2, deterministic=True, points=True)
     inference = decode.Inference(stability=kind == "stable")
     params = convert.from_reference(reference.state_of(model), pair.params)
 
