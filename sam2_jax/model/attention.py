@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from sam2_jax.model.blockwise import BLOCKS, CPU_BLOCKS, blockwise
-from sam2_jax.model.draws import Draw, kept, make_draw, probability
+from sam2_jax.model.draws import Draw, dropped, make_draw
 from sam2_jax.model.fused import cudnn, flash
 from sam2_jax.model.kernels import LARGE, XLA, Kernel, choose
 from sam2_jax.types import Array
@@ -74,7 +74,7 @@ def plain(
     weights = jax.nn.softmax(logits, axis=-1)
     sums = None
     if draw is not None:
-        weights = jnp.where(kept(draw, dropout_rate), weights / probability(dropout_rate), 0.0)
+        weights = dropped(weights, draw, dropout_rate)
         sums = weights.sum(-1).transpose(0, 2, 1)[..., None].astype(value.dtype)
     out = jnp.einsum("nhqk,nkhd->nqhd", weights.astype(value.dtype), value)
     return out, sums

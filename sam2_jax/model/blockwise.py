@@ -74,10 +74,7 @@ def _backward(rate, blocks, saved, cotangents):
     query, key, value, mask, draw, out, sums, log_total = saved
     g_out, g_sums = cotangents
     size, keys = blocks[1], key.shape[2]
-    # The sum of a query's weights times their gradients, see `gradients`
-    mean = (g_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    if draw is not None:
-        mean = mean + g_sums * sums
+    mean = mean_gradient(g_out, out, g_sums, None if draw is None else sums)
     if mask is None and keys % size:
         mask = jnp.ones((1, keys), bool)
 
@@ -101,6 +98,17 @@ def _backward(rate, blocks, saved, cotangents):
 
 _blockwise = jax.custom_vjp(_output, nondiff_argnums=(0, 1))
 _blockwise.defvjp(_forward, _backward)
+
+
+def mean_gradient(
+    g_out: Float[Array, "n h q dv"],
+    out: Float[Array, "n h q dv"],
+    g_sums: Float[Array, "n h q"],
+    sums: Float[Array, "n h q"] | None,
+) -> Float[Array, "n h q"]:
+    """The sum over all keys of a query's weights times their gradients; `sums`: under dropout."""
+    mean = (g_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    return mean if sums is None else mean + g_sums * sums
 
 
 def gradients(

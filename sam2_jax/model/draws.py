@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, PRNGKeyArray, UInt32
+from jaxtyping import Bool, Float, PRNGKeyArray, UInt32
 
 from sam2_jax.types import Array
 
@@ -46,6 +46,11 @@ def kept(draw: Draw, rate: float) -> Bool[Array, "n heads q k"]:
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x < jnp.uint32(_threshold(rate))
+
+
+def dropped(x: Float[Array, "n heads q k"], draw: Draw, rate: float) -> Float[Array, "n heads q k"]:
+    """What of x is kept, scaled so that its expectation stays; else 0."""
+    return jnp.where(kept(draw, rate), x / probability(rate), 0.0)
 
 
 def _threshold(rate: float) -> int:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from sam2_jax.model.blockwise import gain, gradients, logits_of, multiply
+from sam2_jax.model.blockwise import gain, gradients, logits_of, mean_gradient, multiply
 from sam2_jax.model.draws import Draw, kept
 from sam2_jax.model.layers import product
 from sam2_jax.model.position import rotate
@@ -111,9 +111,7 @@ def _forward(rate, size, query, of, scope):
 def _backward(rate, size, saved, cotangents):
     query, of, scope, out, sums, log_total = saved
     g_out, g_sums = cotangents
-    mean = (g_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    if scope.draw is not None:
-        mean = mean + g_sums * sums
+    mean = mean_gradient(g_out, out, g_sums, None if scope.draw is None else sums)
 
     def back(keys, values, mask, keep):
         logits = again(logits_of, query, keys[:, None], mask)

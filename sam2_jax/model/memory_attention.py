@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from sam2_jax.model import growing, layers
 from sam2_jax.model.attention import attention
 from sam2_jax.model.blockwise import BLOCKS, CPU_BLOCKS
-from sam2_jax.model.draws import kept, make_draw, probability
+from sam2_jax.model.draws import dropped, make_draw
 from sam2_jax.model.kernels import FUSED, LARGE, XLA, Kernel, choose
 from sam2_jax.model.position import rotary_table, rotate, sine_grid
 from sam2_jax.types import Array
@@ -161,7 +161,7 @@ class MemoryAttention(nn.Module):
             if deterministic or not self.dropout:
                 return y
             draw = make_draw(self.make_rng("dropout"), y.shape[0], 1, *y.shape[1:])
-            return jnp.where(kept(draw, self.dropout)[:, 0], y / probability(self.dropout), 0.0)
+            return dropped(y[:, None], draw, self.dropout)[:, 0]
 
         # The first self-attention sees the same features for every object of a video: once per
         # video is enough. In training the objects then share the draw on those weights (the
