@@ -38,7 +38,8 @@ def start_one(
         command += [f"--coordinator_address={address}", f"--num_processes={processes}"]
         command += [f"--process_id={process}"]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of the time is compilation
+    # Most of the time is compilation: without LLVM's efforts, as in conftest.py
+    env["XLA_FLAGS"] = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
     with log_of(workdir, process).open("w") as log:
         return subprocess.Popen(
             command,

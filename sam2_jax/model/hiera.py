@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Key
 
-from sam2_jax.model import layers
+from sam2_jax.model import layers, norms
 from sam2_jax.model.attention import attention
 from sam2_jax.model.kernels import XLA, Kernel
 from sam2_jax.model.position import bicubic_matrix
@@ -125,7 +125,7 @@ class MultiScaleBlock(nn.Module):
             return y if scale is None else y * scale[:, branch, None, None, None].astype(y.dtype)
 
         shortcut = x
-        x = layers.layer_norm(1e-6, "norm1")(x)
+        x = norms.LayerNorm(1e-6, name="norm1")(x)
         if self.dim_out != x.shape[-1]:
             shortcut = layers.dense(self.dim_out, "proj")(x)
             shortcut = max_pool2(shortcut) if self.pool else shortcut
@@ -133,7 +133,7 @@ class MultiScaleBlock(nn.Module):
             self.dim_out, self.num_heads, self.window, self.pool, self.kernel, name="attn"
         )
         x = shortcut + thinned(0, attend(x))
-        hidden = layers.layer_norm(1e-6, "norm2")(x)
+        hidden = norms.LayerNorm(1e-6, name="norm2")(x)
         mlp = layers.Mlp(4 * self.dim_out, self.dim_out, 2, use_gelu=True, name="mlp")
         return x + thinned(1, mlp(hidden))
 

@@ -54,11 +54,6 @@ def _to_kernel_dtype(*args: Any, dtype: Any = None, inexact: bool = True) -> lis
     return [None if x is None else x.astype(args[1].dtype) for x in args]
 
 
-def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
-    """torch.nn.LayerNorm; statistics in float32, two passes as torch."""
-    return nn.LayerNorm(epsilon, use_fast_variance=False, name=name)
-
-
 @jax.custom_jvp
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Exact GELU: Flax's default is the tanh approximation, JAX's exact one a slower erfc.
@@ -81,23 +76,6 @@ def _gelu_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     below = _normal_cdf(wide)
     slope = below + wide * jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
     return (wide * below).astype(x.dtype), slope.astype(x.dtype) * t
-
-
-class LayerNorm2d(nn.Module):
-    """Normalises every pixel over its channels. Its leaves are `weight` and `bias`.
-
-    The names tell it from nn.LayerNorm (`scale`), which the reference exempts from weight decay
-    while this one decays.
-    """
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)
-        return y.astype(x.dtype) * weight + bias
 
 
 class Conv(nn.Module):

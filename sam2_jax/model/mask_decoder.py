@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from sam2_jax.model import layers
+from sam2_jax.model import layers, norms
 from sam2_jax.model.transformer import TwoWayTransformer
 from sam2_jax.types import Array, Decoded
 
@@ -27,7 +27,7 @@ class MaskDecoder(nn.Module):
         self.conv_s0 = layers.Conv(self.dim // 8, 1)
         self.conv_s1 = layers.Conv(self.dim // 4, 1)
         self.upscale_0 = layers.Upsample2(self.dim // 4)
-        self.upscale_norm = layers.LayerNorm2d()
+        self.upscale_norm = norms.LayerNorm2d()
         self.upscale_1 = layers.Upsample2(self.dim // 8)
         self.output_hypernetworks_mlps = [layers.Mlp(self.dim, self.dim // 8, 3) for _ in range(4)]
         self.iou_prediction_head = layers.Mlp(256, 4, 3, use_sigmoid=True)

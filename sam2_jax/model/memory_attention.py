@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sam2_jax.model import growing, layers
+from sam2_jax.model import growing, layers, norms
 from sam2_jax.model.attention import attention
 from sam2_jax.model.blockwise import BLOCKS, CPU_BLOCKS
 from sam2_jax.model.draws import dropped, make_draw
@@ -168,7 +168,7 @@ class MemoryAttention(nn.Module):
         # dropout of the output stays per object), a deviation from the reference.
         x = image + 0.1 * jnp.asarray(image_code)
         for i in range(self.num_layers):
-            norm1 = layers.layer_norm(1e-5, f"layers_{i}_norm1")
+            norm1 = norms.LayerNorm(1e-5, name=f"layers_{i}_norm1")
             attend = SelfAttention(
                 self.dim, self.attention_dropout, self.kernel, name=f"layers_{i}_self_attn"
             )
@@ -176,7 +176,7 @@ class MemoryAttention(nn.Module):
             if i == 0:
                 x, update = jnp.repeat(x, n // b, axis=0), jnp.repeat(update, n // b, axis=0)
             x = x + drop(update)
-            y = layers.layer_norm(1e-5, f"layers_{i}_norm2")(x)
+            y = norms.LayerNorm(1e-5, name=f"layers_{i}_norm2")(x)
             cross = CrossAttention(
                 self.dim,
                 self.attention_dropout,
@@ -184,7 +184,7 @@ class MemoryAttention(nn.Module):
                 name=f"layers_{i}_cross_attn_image",
             )
             x = x + drop(cross(y, memories, deterministic))
-            y = layers.layer_norm(1e-5, f"layers_{i}_norm3")(x)
+            y = norms.LayerNorm(1e-5, name=f"layers_{i}_norm3")(x)
             y = drop(jax.nn.relu(layers.dense(self.feedforward, f"layers_{i}_linear1")(y)))
             x = x + drop(layers.dense(self.dim, f"layers_{i}_linear2")(y))
-        return layers.layer_norm(1e-5, "norm")(x)
+        return norms.LayerNorm(1e-5, name="norm")(x)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from sam2_jax.model import layers
+from sam2_jax.model import layers, norms
 from sam2_jax.types import Array
 
 
@@ -20,7 +20,7 @@ class MaskDownSampler(nn.Module):
     def __call__(self, x: Float[Array, "n h w 1"]) -> Float[Array, "n i j c"]:
         for i in range(4):
             x = layers.Conv(4 ** (i + 1), 3, 2, 1, name=f"conv_{i}")(x)
-            x = layers.gelu(layers.LayerNorm2d(name=f"norm_{i}")(x))
+            x = layers.gelu(norms.LayerNorm2d(name=f"norm_{i}")(x))
         return layers.Conv(self.dim, 1, name="conv_4")(x)
 
 
@@ -36,7 +36,7 @@ class CXBlock(nn.Module):
         bias = self.param("dwconv_bias", nn.initializers.zeros, (self.dim,))
         gamma = self.param("gamma", nn.initializers.constant(1e-6), (self.dim,))
         y = layers.depthwise_conv(x.astype(kernel.dtype), kernel) + bias
-        y = layers.dense(4 * self.dim, "pwconv1")(layers.LayerNorm2d(name="norm")(y))
+        y = layers.dense(4 * self.dim, "pwconv1")(norms.LayerNorm2d(name="norm")(y))
         return x + gamma * layers.dense(self.dim, "pwconv2")(layers.gelu(y))
 
 

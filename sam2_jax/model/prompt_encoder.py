@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from sam2_jax.model import layers
+from sam2_jax.model import layers, norms
 from sam2_jax.model.position import fourier, fourier_grid
 from sam2_jax.types import Array
 
@@ -64,7 +64,7 @@ class MaskDownscaling(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w 1"]) -> Float[Array, "n i j c"]:
         x = layers.Conv(4, 2, 2, name="conv_0")(x)
-        x = layers.gelu(layers.LayerNorm2d(name="norm_0")(x))
+        x = layers.gelu(norms.LayerNorm2d(name="norm_0")(x))
         x = layers.Conv(16, 2, 2, name="conv_1")(x)
-        x = layers.gelu(layers.LayerNorm2d(name="norm_1")(x))
+        x = layers.gelu(norms.LayerNorm2d(name="norm_1")(x))
         return layers.Conv(self.dim, 1, name="conv_2")(x)

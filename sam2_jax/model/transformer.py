@@ -6,7 +6,7 @@ Source: SAM 1 (arXiv 2304.02643, section 3), facebookresearch/sam2@2b90b9f sam/t
 import flax.linen as nn
 from jaxtyping import Bool, Float
 
-from sam2_jax.model import layers
+from sam2_jax.model import layers, norms
 from sam2_jax.model.attention import attention
 from sam2_jax.types import Array
 
@@ -48,7 +48,7 @@ class TwoWayBlock(nn.Module):
             return Attention(inner, 8, self.dim, name=name)
 
         def norm(name):
-            return layers.layer_norm(1e-5, name)
+            return norms.LayerNorm(1e-5, name=name)
 
         if self.first:
             tokens = attend(self.dim, "self_attn")(tokens, tokens, tokens, token_mask)
@@ -90,4 +90,4 @@ class TwoWayTransformer(nn.Module):
             tokens, image = block(tokens, image, code, image_code, token_mask)
         last = Attention(self.dim // 2, 8, self.dim, name="final_attn_token_to_image")
         tokens = tokens + last(tokens + code, image + image_code, image)
-        return layers.layer_norm(1e-5, "norm_final_attn")(tokens), image
+        return norms.LayerNorm(1e-5, name="norm_final_attn")(tokens), image
