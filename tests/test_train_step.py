@@ -36,7 +36,7 @@ def test_step_of_a_config_moves_what_it_should():
     c.model.update(resolution=32, version="2.0", attention_dropout=0.1, dropout=0.1, drop_path=0.1)
     c.data.update(num_frames=2, max_objects=2, batch_size=1)
     c.prompts.update(prob_points=0.5, corrections=1, max_cond_frames=2, max_corrected_frames=2)
-    c.train.update(precision="bfloat16", remat="none")  # recomputing takes longer to compile
+    c.train.update(precision="bfloat16", remat="frame")
     c = config_lib.finish(c)
     model = make_sam2("nano", 32, "2.0", 0.1, 0.1, 0.1)
     before = init_params(model, jax.random.key(0))
