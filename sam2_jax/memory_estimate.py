@@ -2,8 +2,8 @@
 
 State and inputs are exact. What the backward pass keeps is counted by the kinds of arrays there
 are. scripts/compile_report.py compiles the step and knows; this knows within ERROR in no time: of
-base_plus on eight H100 (docs/scaling.md) it says 16 % less than the report with train.remat=frame,
-24 % more with full; of tiny on an image with 8 and with 16 objects, in float32 on a CPU, 24 and
+base_plus on eight H100 (docs/scaling.md) it says 15 % less than the report with train.remat=frame,
+17 % more with full; of tiny on an image with 8 and with 16 objects, in float32 on a CPU, 24 and
 20 % less.
 """
 
