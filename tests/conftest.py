@@ -23,6 +23,25 @@ _CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or pathlib.Path.home() / ".
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+# Files in which a test takes a minute or more: they begin first, so that in the end no process is
+# left with one of them while the others have nothing to do.
+LONG = {
+    "test_benchmark_work.py",
+    "test_benchmark_workers.py",
+    "test_compiled.py",
+    "test_objective.py",
+    "test_optimizer.py",
+    "test_precision.py",
+    "test_processes.py",
+    "test_track.py",
+    "test_train_step.py",
+    "test_training.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 def numbers(text: str) -> list[int]:
     """'0-3,7' to [0, 1, 2, 3, 7]."""
