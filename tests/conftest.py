@@ -29,6 +29,7 @@ LONG = {
     "test_benchmark_work.py",
     "test_benchmark_workers.py",
     "test_compiled.py",
+    "test_eval_loss.py",
     "test_objective.py",
     "test_optimizer.py",
     "test_precision.py",
