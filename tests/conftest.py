@@ -3,13 +3,11 @@
 import os
 import pathlib
 
+from tests import quick
+
 # Before JAX starts: tests of sharding want several devices, and a machine may have one core.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile for long what runs for milliseconds: half the time without LLVM's efforts.
-os.environ["XLA_FLAGS"] = (
-    "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 "
-    + os.environ.get("XLA_FLAGS", "")
-)
+os.environ["XLA_FLAGS"] = f"{quick.XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 from jaxtyping import install_import_hook

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from sam2_jax.progress import MACHINE
+from tests import quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -38,8 +39,7 @@ def start_one(
         command += [f"--coordinator_address={address}", f"--num_processes={processes}"]
         command += [f"--process_id={process}"]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    # Most of the time is compilation: without LLVM's efforts, as in conftest.py
-    env["XLA_FLAGS"] = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+    env["XLA_FLAGS"] = quick.XLA_FLAGS
     with log_of(workdir, process).open("w") as log:
         return subprocess.Popen(
             command,
