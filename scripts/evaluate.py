@@ -17,6 +17,11 @@ import os
 import pathlib
 import sys
 
+from sam2_jax import startup
+
+if __name__ == "__main__":
+    startup.begin()
+
 import jax
 import numpy as np
 from PIL import Image
@@ -28,7 +33,6 @@ from sam2_jax.model.sam2 import Sam2, init_params, make_sam2
 from sam2_jax.predict.video import make_tracker
 from sam2_jax.types import UserError, fail
 
-CACHE = pathlib.Path.home() / ".cache" / "sam2_jax"
 RESOLUTION = 1024  # that of the released weights
 
 
@@ -168,8 +172,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-    jax.config.update("jax_compilation_cache_dir", cache)
     checkpoint.quiet()
     try:
         main(sys.argv[1:])

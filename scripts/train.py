@@ -20,11 +20,15 @@ SIGTERM and Ctrl-C save, and end with exit status 75: the same command goes on. 
 mend is one line 'error: ...' and exit status 2.
 """
 
-import os
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for `import configs`
+
+from sam2_jax import startup
+
+if __name__ == "__main__":
+    startup.begin()
 
 import contextlib
 import functools
@@ -66,7 +70,6 @@ _REPLAY = flags.DEFINE_string(
     "replay", "", "report.json of a step that was not finite: repeats it, without --config."
 )
 _PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
-CACHE = pathlib.Path.home() / ".cache" / "sam2_jax"
 LEFT = (
     ("overlay*.png", "predicted and true outlines on evaluation clips, and the prompts"),
     ("loss.png", "curves"),
@@ -291,7 +294,5 @@ def repeat(config: Any, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-    jax.config.update("jax_compilation_cache_dir", cache)
     checkpoint.quiet()
     config_lib.run(main, joined)

@@ -107,7 +107,7 @@ def test_the_loop(cached, path):
     flags = ["--frames=1", "--objects=1", "--steps=6", f"--json={path}"]
     done = subprocess.run(
         [sys.executable, str(script), "loop", *SIZES, *flags],
-        env=os.environ | settings.CPU,
+        env=os.environ | settings.environment(settings.OURS),
         capture_output=True,
         text=True,
     )

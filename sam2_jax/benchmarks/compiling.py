@@ -53,7 +53,7 @@ def run(get_config: settings.GetConfig, argv: list[str]) -> None:
 
 def first_step(folder: pathlib.Path) -> dict[str, Any]:
     """What a fresh process took, its compilation cache in the folder."""
-    env = settings.CPU | {
+    env = settings.environment(settings.OURS) | {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_ENABLE_COMPILATION_CACHE": "true",
     }

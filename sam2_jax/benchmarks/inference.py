@@ -8,7 +8,7 @@ import tempfile
 from typing import Any
 
 from sam2_jax.benchmarks import clips, report, settings, workers
-from sam2_jax.benchmarks.settings import CPU, OURS, REFERENCE
+from sam2_jax.benchmarks.settings import OURS, REFERENCE, environment
 from sam2_jax.model.variants import VARIANTS
 from sam2_jax.types import UserError
 
@@ -72,7 +72,8 @@ def take_turns(
     """Seconds of frames by side and number of objects. A clip of each to warm up."""
     with contextlib.ExitStack() as stack:
         each = {
-            side: stack.enter_context(workers.started(MODULES[side], folder, CPU)) for side in sides
+            side: stack.enter_context(workers.started(MODULES[side], folder, environment(side)))
+            for side in sides
         }
         if REFERENCE in each:
             each[REFERENCE].ask(weights=True)
@@ -91,7 +92,7 @@ def take_turns(
 
 def peak(side: str, folder: pathlib.Path, objects: int) -> int:
     """The most memory that a fresh process of one side ever holds over a clip."""
-    with workers.started(MODULES[side], folder, CPU) as worker:
+    with workers.started(MODULES[side], folder, environment(side)) as worker:
         return worker.ask(objects=objects)["peak_bytes"]
 
 

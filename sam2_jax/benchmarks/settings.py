@@ -4,14 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 from sam2_jax import config as config_lib
+from sam2_jax import startup
 from sam2_jax.benchmarks import plans, reference, report
 from sam2_jax.model.variants import VARIANTS
 from sam2_jax.types import UserError
 
 OURS, REFERENCE = "ours", "reference"
-CPU = {"JAX_PLATFORMS": "cpu"}  # environment of a process that measures
 GetConfig = Callable[[str], Any]
 SIZES = ("resolution", "frames", "objects", "batch_size", "threads", "repeats")
+
+
+def environment(side: str) -> dict[str, str]:
+    """What a process that measures a side has in its environment, beside that of this one.
+
+    Ours begins as scripts/train.py does, the reference as its own scripts do.
+    """
+    return {"JAX_PLATFORMS": "cpu"} | startup.huge_pages() if side == OURS else {}
 
 
 def make_parser(about: str | None, resolution: int, frames: int) -> config_lib.Parser:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sam2_jax import work
 from sam2_jax.benchmarks import clips, ours, parts, plans, reference_work, report, settings, workers
-from sam2_jax.benchmarks.settings import CPU, OURS, REFERENCE
+from sam2_jax.benchmarks.settings import OURS, REFERENCE, environment
 from sam2_jax.model.variants import VARIANTS
 
 PLANS = "mask1,mask2,point11,point12,point22,box11"
@@ -87,7 +87,7 @@ def take_turns(
     Each plan once to warm up, then `repeats` times; after every step it is the other's turn.
     """
     with contextlib.ExitStack() as stack:
-        sides = {OURS: stack.enter_context(workers.started("step_ours", folder, CPU))}
+        sides = {OURS: stack.enter_context(workers.started("step_ours", folder, environment(OURS)))}
         if beside:
             theirs = stack.enter_context(workers.started("step_reference", folder))
             sides[REFERENCE] = theirs
@@ -113,7 +113,7 @@ def peak(side: str, folder: pathlib.Path, names: list[str]) -> tuple[int, int]:
     The first steps, of each plan, compile and allocate; the second ones are under way.
     """
     module = "step_ours" if side == OURS else "step_reference"
-    with workers.started(module, folder, CPU if side == OURS else None) as worker:
+    with workers.started(module, folder, environment(side)) as worker:
         for name in names:
             worker.ask(plan=name)
         first, *rest = names
