@@ -34,15 +34,16 @@ SMALL = ["--variant=nano", "--resolution=64", "--frames=2", "--objects=2"]
 
 
 class Fake:
-    """Stands for a worker: every answer takes as long as its module says."""
+    """Stands for a worker: answers take as long as its module says, a step after a pause longer."""
 
     def __init__(self, module, asked):
         self.seconds = 1.0 if module.endswith("ours") else 2.0
         self.module, self.asked = module, asked
 
     def ask(self, **request):
+        paused = bool(self.asked) and self.asked[-1][0] != self.module
         self.asked.append((self.module, request))
-        took = self.seconds
+        took = self.seconds + 9 * ("plan" in request and paused)
         if "objects" in request:
             took = [request["objects"] * took] * 12
         return {"seconds": took, "loss": 3.0, "peak_bytes": int(2**21 * self.seconds)} | {
@@ -86,7 +87,7 @@ def test_a_step_is_told(asked, monkeypatch, tmp_path, capsys):
     turns = [(module, request["plan"]) for module, request in asked[2:6]]
     sides = "step_ours", "step_reference"
     assert turns == [(side, plan) for plan in plans.split(",") for side in sides]
-    assert len(asked) == 2 + 3 * 4 + 2 * 4
+    assert len(asked) == 2 + (1 + 2 * 2) * 4 + 2 * 4
     told = capsys.readouterr().out
     assert "a step: nano, 64 px, 2 frames, 2 objects" in told and "peak of a process" in told
     table = [line.split() for line in told.splitlines()]
