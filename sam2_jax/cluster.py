@@ -113,7 +113,8 @@ def agree(values: Mapping[str, Any], advice: str) -> None:
     Raises:
         UserError: they do not; names what differs between two, and ends with `advice`.
     """
-    texts = [f"{name}={value}" for name, value in sorted(values.items())]
+    pairs = sorted(values.items())
+    texts = [f"{name}={value}".replace("\n", "\\n") for name, value in pairs]
     for i, other in enumerate(gather_text("\n".join(texts))):
         lines = other.split("\n")
         if lines != texts:

@@ -74,15 +74,13 @@ class Parts(NamedTuple):
 def make_parts(config: Any, devices: Sequence[Any]) -> Parts:
     """From a config and devices, which may be such that are only compiled for.
 
+    As in training every host is a process that loads videos.
+
     Raises:
         UserError: the mesh does not fit the devices, or not the batch, or attention not either.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
-    videos = heaviest_source(config)[1].batch_size
-    try:
-        sharding.check_batch_size(videos, mesh, accumulate=config.train.accumulate)
-    except UserError as e:
-        raise UserError(f"{e}; or give --videos_per_device=1") from e
+    recipe.check_batches(config, mesh, len({device.process_index for device in devices}))
     model = recipe.make_config_model(config, mesh)
     optimizer, state, _ = recipe.make_config_state(config, model)
     return Parts(mesh, model, optimizer, state)
@@ -200,7 +198,7 @@ def _needed_bytes(message: str) -> int:
 
 
 def least_collective_bytes(config: Any, parts: Parts) -> int:
-    """Bytes a step that no layout of this mesh can do without, counted as `hlo.by_kind` does.
+    """Bytes a step that no layout of this mesh can do without, counted as `hlo.sent` does.
 
     Over `fsdp` one gather of the compute copy and one reduce-scatter of its gradients; over `data`
     and `model` one all-reduce of the shard. What is too small to shard is all-reduced whole.
@@ -223,7 +221,7 @@ def least_collective_bytes(config: Any, parts: Parts) -> int:
     for leaf in leaves(trained, config.train.reduce_precision):
         size = leaf.size * leaf.dtype.itemsize
         if any(sharding.leaf_spec(leaf.shape, fsdp)):
-            total += size + (size // fsdp if copies > 1 else 0)
+            total += size + (2 * size // fsdp if copies > 1 else 0)
         elif mesh.size > 1:
-            total += size
+            total += 2 * size
     return total

@@ -5,7 +5,7 @@ the branch that moves most is counted, since which one runs depends on the plan 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -36,7 +36,7 @@ class Totals(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return sum(times * size for times, size, _ in self.collectives.values())
+        return sent(by_kind(self))
 
 
 class _Op(NamedTuple):
@@ -79,6 +79,14 @@ def by_kind(found: Totals) -> dict[str, dict[str, int]]:
         row["count"] += times
         row["bytes"] += times * size
     return dict(sorted(kinds.items()))
+
+
+def sent(kinds: Mapping[str, Mapping[str, int]]) -> int:
+    """Bytes of all that `by_kind` gives; a sum that all devices get counts twice.
+
+    On a ring it is a reduce-scatter and a gather of what was scattered.
+    """
+    return sum(row["bytes"] * (1 + (kind == "all-reduce")) for kind, row in kinds.items())
 
 
 def _parse(text: str) -> tuple[str, dict[str, list[_Op]]]:

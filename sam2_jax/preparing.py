@@ -107,15 +107,7 @@ def prepare(config: Any, workdir: pathlib.Path) -> Run:
     if config.train.wandb:
         wandb()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
-    entries = {f"data.mixture.{name}": entry for name, entry in config.data.mixture.items()}
-    for name, entry in (entries or {"data": config.data}).items():
-        sharding.check_batch_size(
-            entry.batch_size,
-            mesh,
-            jax.process_count(),
-            config.train.accumulate,
-            f"{name}.batch_size",
-        )
+    recipe.check_batches(config, mesh, jax.process_count())
     model = recipe.make_config_model(config, mesh)
     optimizer, state, shapes = recipe.make_config_state(config, model)
     memory = memory_estimate.estimate(config, state, mesh)

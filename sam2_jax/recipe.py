@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sam2_jax import lora, losses, memory, optim, partition, prompts, rules
+from sam2_jax import lora, losses, memory, optim, partition, prompts, rules, sharding
 from sam2_jax.encode import Shared
 from sam2_jax.model.classes import module_classes
 from sam2_jax.model.kernels import Size, described, make_kernel
@@ -49,6 +49,21 @@ def make_optim_settings(config: Any) -> optim.OptimSettings:
         clip_norm=o.clip_norm,
         classes=module_classes(make_sam2(m.variant, m.resolution, m.version)),
     )
+
+
+def sources_by_key(config: Any) -> dict[str, Any]:
+    """Settings of every source of training data, by their place in the config."""
+    mixture = {f"data.mixture.{name}": entry for name, entry in config.data.mixture.items()}
+    return mixture or {"data": config.data}
+
+
+def check_batches(config: Any, mesh: Mesh, processes: int) -> None:
+    """Can the batches of every source be dealt out? UserError that names the key if not."""
+    for key, source in sources_by_key(config).items():
+        size = source.batch_size
+        sharding.check_batch_size(
+            size, mesh, processes, config.train.accumulate, f"{key}.batch_size"
+        )
 
 
 def make_config_model(config: Any, mesh: Mesh) -> Sam2:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from sam2_jax import compiled, sharding
+from sam2_jax import compiled, hlo, sharding
 from sam2_jax.compiled import Report
 from sam2_jax.config_checks import REMATS
 from sam2_jax.memory_estimate import heaviest_source, size
+from sam2_jax.recipe import sources_by_key
 from sam2_jax.topology import Target
 from sam2_jax.types import UserError
 
@@ -70,6 +71,8 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
     On every mesh what comes after the first that fits could only be slower, and is not tried; nor
     is `last_resort`, where anything fits.
 
+    A setting that cannot be compiled, or not be run, is told and passed over.
+
     Raises:
         UserError: the memory of the machine is not known, or nothing fits.
     """
@@ -79,24 +82,28 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
     last = last_resort(config, len(target.devices))
     most = sum(map(len, [*ladders, last]))
     say(f"at most {most} compilations")
-    for fsdp, _, _, model in (ladder[0] for ladder in ladders):
-        mesh = sharding.make_mesh(-1, fsdp, model, target.devices) if model > 1 else None
-        if mesh and sharding.spans_processes(mesh):
-            say(
-                f"note: with mesh.fsdp={fsdp}, mesh.model={model} shares a video across hosts of "
-                f"{target.name}; several processes refuse that: take more videos or fewer devices"
-            )
+    if (config.mesh.data, config.mesh.fsdp) != (-1, 1):
+        say("note: mesh.data and mesh.fsdp are searched for, not taken as given")
     tried: list[tuple[Setting, Report]] = []
+    refused: list[UserError] = []
     for ladder in [*ladders, last]:
         if ladder is last and any(found["fits"] for _, found in tried):
             break
         for setting in ladder:
-            say(f"compiling {len(tried) + 1} of at most {most}: {setting.flags()}")
-            found = compiled.report(_with(config, setting), target, count_work=False)
+            count = len(tried) + len(refused) + 1
+            say(f"compiling {count} of at most {most}: {setting.flags()}")
+            try:
+                found = compiled.report(_with(config, setting), target, count_work=False)
+            except UserError as error:
+                say(f"  cannot be: {error}")
+                refused.append(error)
+                continue
             tried.append((setting, found))
             say(f"  {words(found)}")
             if found["fits"]:
                 break
+    if not tried:
+        raise refused[-1]
     timed = not any(found["fits"] and found["kernels_without_estimate"] for _, found in tried)
     tried.sort(key=lambda item: rank(*item, timed))
     best, report = tried[0]
@@ -107,8 +114,9 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
             "train.segment (frames tracked at a time), or lower model.resolution, data.num_frames "
             "or data.max_objects"
         )
-    reports = [{"flags": setting.flags(), **found} for setting, found in tried]
-    return {"flags": best.flags(), "settings": reports}
+    sizes = [f" --config.{k}.batch_size={x.batch_size}" for k, x in sources_by_key(config).items()]
+    flags = "".join([best.flags(), *sizes])
+    return {"flags": flags, "settings": [{"flags": s.flags(), **found} for s, found in tried]}
 
 
 def rank(setting: Setting, found: Report, timed: bool) -> tuple:
@@ -118,8 +126,7 @@ def rank(setting: Setting, found: Report, timed: bool) -> tuple:
     compiler estimates no time, or not that of kernels: a setting that runs these once more would
     look too fast. What does not fit comes last, the leanest first.
     """
-    sent = sum(row["bytes"] for row in (found["collectives"] or {}).values())
-    rule = (REMATS.index(setting.remat), sent, setting.accumulate)
+    rule = (REMATS.index(setting.remat), hlo.sent(found["collectives"] or {}), setting.accumulate)
     if not found["fits"]:
         return (1, found["peak_bytes"])
     return (0, found["estimated_seconds"] or 0.0 if timed else 0.0, rule)

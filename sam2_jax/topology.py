@@ -56,6 +56,9 @@ GPUS = {
         "shared_memory_per_block_optin: 166912 cuda_compute_capability { major: 8 } ",
     ),
 }
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+# What JAX raises where a compiler's package is broken or of another version
+UNDESCRIBED = (jax.errors.JaxRuntimeError, NotImplementedError, AttributeError)
 # What the driver, NCCL and libraries take of a GPU beside XLA's buffers
 GPU_RESERVE = 0.05
 # Without a device XLA cannot try kernels out: products go to cuBLAS, as they mostly do after
@@ -135,9 +138,11 @@ def answering_for(device: Any) -> Iterator[None]:
 
 
 def _count(name: str, size: str, most: int, host: int = 0) -> int:
-    count = int(size) if size.isdecimal() else 0
+    count = int(size) if size.isascii() and size.isdecimal() else 0
     if not 1 <= count <= most or (host and count > host and count % host):
-        raise UserError(f"--topology={name}: '{size}' devices there cannot be; there are {names()}")
+        raise UserError(
+            f"--topology={name}: {size or 'no number'} is no number of devices; there are {names()}"
+        )
     return count
 
 
@@ -145,10 +150,10 @@ def _tpu(name: str, family: str, size: str) -> Target:
     hbm, clock, slices = TPUS[family]
     wrong = UserError(
         f"--topology={name}: there is no slice '{size}' of {family}; there are "
-        f"{', '.join(slices)}, and others of {slices[-1].count('x') + 1} such numbers"
+        f"{', '.join(slices)}, and others of as many numbers, which are chips, and no more chips"
     )
-    sides = [int(side) for side in size.split("x")] if re.fullmatch(r"\d+(x\d+)+", size) else []
-    if len(sides) != slices[-1].count("x") + 1:
+    sides, largest = _sides(size), _sides(slices[-1])
+    if len(sides) != len(largest) or math.prod(sides) > math.prod(largest):
         raise wrong
     _needs("libtpu", name, "tpu")
     # Else libtpu asks Google's metadata server about a TPU here, for minutes
@@ -160,15 +165,16 @@ def _tpu(name: str, family: str, size: str) -> Target:
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sides) == 1 else {}
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
-    except jax.errors.JaxRuntimeError as e:
+    except UNDESCRIBED as e:
         if "INVALID_ARGUMENT" in str(e):
             raise wrong from e
-        raise UserError(f"--topology={name}: libtpu cannot describe it ({e})") from e
+        raise _unusable("libtpu", name, "tpu", e) from e
     return Target(name, "tpu", topology.devices, hbm, hbm, {}, clock)
 
 
 def _gpu(name: str, family: str, count: int) -> Target:
-    _needs("jax_cuda12_plugin", name, "cuda")
+    plugin = next(filter(importlib.util.find_spec, CUDA_PLUGINS), CUDA_PLUGINS[0])
+    _needs(plugin, name, "cuda")
     hbm, description, rest = GPUS[family]
     config = (
         f"gpu_device_info {{ {_GPU}{rest}device_memory_size: {hbm} }} "
@@ -176,12 +182,15 @@ def _gpu(name: str, family: str, count: int) -> Target:
         f'device_description_str: "{description}"'
     )
     hosts = max(1, count // GPUS_PER_HOST)
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=family,
-        topology=f"1x{hosts}x{count // hosts}",
-        target_config=config,
-    )
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=family,
+            topology=f"1x{hosts}x{count // hosts}",
+            target_config=config,
+        )
+    except UNDESCRIBED as e:
+        raise _unusable(plugin, name, "cuda", e) from e
     usable = int(hbm * (1 - GPU_RESERVE))
     return Target(name, "cuda", topology.devices, hbm, usable, GPU_OPTIONS)
 
@@ -197,10 +206,28 @@ def _cpu(name: str, count: int) -> Target:
     return Target(name, "cpu", jax.devices("cpu")[:count], None, None, {})
 
 
+def _sides(size: str) -> list[int]:
+    """'2x2x4' to [2, 2, 4]; [] for what is no such text."""
+    match = re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)+", size)
+    return [int(side) for side in size.split("x")] if match else []
+
+
 def _needs(module: str, name: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise UserError(
-            f"--topology={name} needs the compiler for it, which is not installed: "
-            f"pip install 'jax[{'cuda12' if extra == 'cuda' else extra}]', or this package's "
-            f"extra: pip install -e '.[{extra}]'"
+            f"--topology={name} needs the compiler for it, which is not installed: {_get(extra)}"
         )
+
+
+def _unusable(module: str, name: str, extra: str, error: Exception) -> UserError:
+    return UserError(
+        f"--topology={name}: {module} is installed, but cannot describe it ({error!r}); perhaps it "
+        f"does not suit this JAX: {_get(extra)}"
+    )
+
+
+def _get(extra: str) -> str:
+    return (
+        f"pip install 'jax[{'cuda12' if extra == 'cuda' else extra}]', or this package's "
+        f"extra: pip install -e '.[{extra}]'"
+    )

@@ -22,6 +22,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # a device that is here is not asked for an
 import json
 from typing import Any
 
+import jax
 from absl import flags
 
 from sam2_jax import compiled, memory_estimate, sharding, suggest, topology
@@ -33,7 +34,11 @@ _TABLE = flags.DEFINE_bool("table", False, "For a person instead of JSON.")
 _SUGGEST = flags.DEFINE_bool(
     "suggest", False, "Tries recomputation, parts of a batch and meshes; ranks those that fit."
 )
-_ATTENTION = flags.DEFINE_string("attention", "", "The same as --config.model.attention.")
+_ATTENTION = flags.DEFINE_string(
+    "attention",
+    "",
+    "The same as --config.model.attention; attention to earlier frames is by blocks with xla, too.",
+)
 _VIDEOS = flags.DEFINE_integer(
     "videos_per_device",
     None,
@@ -60,6 +65,8 @@ def main(config: Any) -> None:
     """Prints the report, or with --suggest those of the settings that were tried."""
     if not _TOPOLOGY.value:
         raise UserError(f"--topology is not given: which machine? There are {topology.names()}")
+    # What is compiled for a machine that is not there cannot be read back
+    jax.config.update("jax_enable_compilation_cache", False)
     target = topology.open_target(_TOPOLOGY.value)
     settle(config, target)
     if _SUGGEST.value:

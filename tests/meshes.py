@@ -46,7 +46,7 @@ def all_meshes() -> list[str]:
     """Every split of 1, 2, 4, 8 devices, devices that share videos, several processes, routes."""
     sizes = [1, 2, 4, 8]
     alone = [f"{n // fsdp}x{fsdp}" for n in sizes for fsdp in sizes if n % fsdp == 0]
-    several = ["2*2x4", "2*8x1", "4*1x4", "4*4x2"]
+    several = ["2*2x4", "2*8x1", "2*2x1x2", "4*1x4", "4*4x2"]
     return [*alone, "1x1x2", "2x2x2", *several, "8x1+2x2+1x1+4x2"]
 
 

@@ -9,10 +9,14 @@ import pytest
 from sam2_jax import topology
 from sam2_jax.model import fused
 from sam2_jax.products import multiplying
+from tests.offline import without_compilation_cache  # noqa: F401
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed"
+    ),
+    pytest.mark.usefixtures("without_compilation_cache"),
+]
 TOPOLOGY = "v5e:2x2"
 
 

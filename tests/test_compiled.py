@@ -1,16 +1,20 @@
 """The report of a compiled step: memory, collectives, work; and machines by name."""
 
 import functools
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
 
 from configs import mixture, mose
-from sam2_jax import compiled, memory_estimate, recipe, sharding, suggest, topology
+from sam2_jax import compiled, hlo, memory_estimate, recipe, sharding, suggest, topology
 from sam2_jax import config as config_lib
 from sam2_jax.model.kernels import Kernel
 from sam2_jax.types import UserError
+from scripts import compile_report
+from tests.offline import without_compilation_cache  # noqa: F401
 
 DEVICES = 4  # of the tests; see conftest.py
 
@@ -46,7 +50,36 @@ def test_report():
     assert found["hbm_bytes"] is None and found["fits"] is None
     assert set(found["flops_by_plan"]) == {"mask1"}
     assert found["loops_counted_once"] == 0
+    assert found["topology"] == f"cpu:{DEVICES}" and found["attention"]
+    assert (found["variant"], found["resolution"]) == ("nano", 64)
+    assert found["bytes_accessed"] > found["argument_bytes"] and found["compile_seconds"] > 0
+    assert found["optimal_seconds"] is None  # of CPUs XLA has no estimate
     assert "not known" in suggest.report_table(found)
+
+
+@pytest.mark.usefixtures("without_compilation_cache")
+def test_the_script_prints_one_json_object(monkeypatch, capsys):
+    """Or a table; what it is given as flags is in the config that is reported."""
+    asked = []
+
+    def report(config, target):
+        asked.append((config.data.batch_size, config.model.attention, target.name))
+        return small_report(2)
+
+    name = f"cpu:{DEVICES}"
+    given = {"topology": name, "videos_per_device": 3, "attention": "blockwise"}
+    given |= {"table": False, "suggest": False}
+    for flag, value in given.items():
+        holder = "_" + flag.split("_")[0].upper()
+        monkeypatch.setattr(compile_report, holder, SimpleNamespace(value=value))
+    monkeypatch.setattr(compiled, "report", report)
+    compile_report.main(small_config())
+    assert json.loads(capsys.readouterr().out) == small_report(2)
+    monkeypatch.setattr(compile_report, "_TABLE", SimpleNamespace(value=True))
+    compile_report.main(small_config())
+    table = capsys.readouterr().out
+    assert "reduce-scatter" in table and "not known" in table
+    assert asked == [(3 * DEVICES, "blockwise", name)] * 2
 
 
 def test_parameters_are_gathered_once_whatever_the_frames():
@@ -57,7 +90,7 @@ def test_parameters_are_gathered_once_whatever_the_frames():
 def test_no_more_is_sent_than_must_be():
     """One gather, one reduce-scatter, one sum of the shards; some scalars beside them."""
     found = small_report(2)
-    sent = sum(row["bytes"] for row in found["collectives"].values())
+    sent = hlo.sent(found["collectives"])
     assert found["least_collective_bytes"] * 0.99 <= sent <= 1.2 * found["least_collective_bytes"]
 
 
@@ -110,8 +143,12 @@ def test_state_bytes_fall_with_fsdp():
     [
         ("h10:8", "did you mean 'h100'"),
         ("h100:12", "a multiple of 8"),
-        ("h100:x", "'x' devices"),
-        ("cpu:0", "'0' devices"),
+        ("h100:x", "x is no number of devices"),
+        ("h100", "no number is no number of devices"),
+        ("h100:８", "８ is no number of devices"),
+        ("cpu:0", "0 is no number of devices"),
+        ("v5e:32x32", "there is no slice '32x32' of v5e"),
+        ("v6e:04x4", "there is no slice '04x4' of v6e"),
         ("v5e:4x4x4", "there is no slice '4x4x4' of v5e"),
         ("v5p:banana", "2x2x4"),
     ],
@@ -126,6 +163,17 @@ def test_machines_that_there_are_not(name, words):
 def test_compilers_that_are_not_installed(monkeypatch, name, extra):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(UserError, match=rf"'\.\[{extra}\]'"):
+        topology.open_target(name)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "tpu"), ("a100:1", "cuda")])
+def test_compilers_of_another_version(monkeypatch, name, extra):
+    def broken(**_):
+        raise NotImplementedError("topology not implemented")
+
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda module: True)
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", broken)
+    with pytest.raises(UserError, match=rf"not implemented.* '\.\[{extra}\]'"):
         topology.open_target(name)
 
 
@@ -257,14 +305,43 @@ def test_devices_share_videos_where_these_are_fewer(monkeypatch, videos, given, 
         sharding.check_batch_size(videos, mesh)
 
 
-def test_videos_that_hosts_would_share_are_told(monkeypatch):
-    config, said = small_config(fsdp=1, **{"data.batch_size": 1}), []
-    monkeypatch.setattr(compiled, "report", made_up(lambda c: 1))
+def test_every_host_is_a_process(monkeypatch):
+    """As in training: it loads videos, whole ones."""
+    asked, mesh = [], sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *sizes: mesh)
+    monkeypatch.setattr(sharding, "check_batch_size", lambda *given: asked.append(given) or 1 / 0)
+    config = small_config(**{"train.accumulate": 2})
+    with pytest.raises(ZeroDivisionError):
+        compiled.make_parts(config, [SimpleNamespace(process_index=i // 4) for i in range(16)])
+    assert asked == [(DEVICES, mesh, 4, 2, "data.batch_size")]
+
+
+def test_all_sources_of_a_mixture_are_dealt_out():
+    config = mixture.get_config("nano")
+    config.data.mixture.sa1b.batch_size = 3
+    with pytest.raises(UserError, match="data.mixture.sa1b.batch_size=3 must be a multiple of"):
+        compiled.make_parts(config_lib.finish(config), jax.devices()[:DEVICES])
+
+
+def test_what_cannot_be_compiled_is_passed_over(monkeypatch):
     target = topology.open_target(f"cpu:{DEVICES}")._replace(hbm_bytes=50, usable_bytes=50)
-    for spans in (False, True):
-        monkeypatch.setattr(sharding, "spans_processes", lambda mesh, spans=spans: spans)
-        suggest.search(config, target, said.append)
-        assert any("mesh.model=4 shares a video across hosts" in line for line in said) == spans
+    usual, said = made_up(lambda c: 40), []
+
+    def report(config, target, count_work):
+        if config.mesh.fsdp == 1 or config.train.remat == "none":
+            raise UserError("no such kernel")
+        return usual(config, target, count_work)
+
+    monkeypatch.setattr(compiled, "report", report)
+    found = suggest.search(small_config(), target, said.append)
+    assert "mesh.fsdp=4" in found["flags"] and "remat=frame" in found["flags"]
+    assert f"--config.data.batch_size={DEVICES}" in found["flags"]
+    assert sum("cannot be: no such kernel" in line for line in said) == 3 + 1
+    assert any("mesh.fsdp are searched for" in line for line in said)
+    usual = made_up(lambda c: 1 / 0)
+    monkeypatch.setattr(compiled, "report", lambda *_, **__: report(small_config(fsdp=1), 0, 0))
+    with pytest.raises(UserError, match="no such kernel"):
+        suggest.search(small_config(), target, said.append)
 
 
 def test_the_memory_of_a_cpu_is_not_known():

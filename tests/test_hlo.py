@@ -90,6 +90,7 @@ def test_loops_branches_and_stages():
         "all-reduce": {"count": 16, "bytes": 16 * 16},
         "reduce-scatter": {"count": 1, "bytes": 8 * 4 * 4},
     }
+    assert found.bytes == 32 + 2 * 256 + 128  # a sum that all get: scattered, then gathered
     assert found.cycles == 100 + (5 + 3) * 10
     assert found.kernels == 5 + 3  # one in the body, of which no cycles are known
     assert found.unknown_loops == 0

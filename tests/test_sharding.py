@@ -82,10 +82,10 @@ def test_a_video_on_a_torus_belongs_to_one_process_too():
 @pytest.mark.parametrize(
     ("shape", "fsdp", "spec"),
     [
-        ((256, 2048), 4, P(None, "fsdp")),
-        ((2048, 256), 4, P("fsdp")),
+        ((256, 2048), 4, P("fsdp")),
+        ((2048, 256), 4, P(None, "fsdp")),
         ((256, 256), 4, P("fsdp")),  # the first of equals
-        ((1022, 512), 4, P(None, "fsdp")),  # the largest is not divisible
+        ((1022, 2048), 4, P(None, "fsdp")),  # the smallest is not divisible
         ((1023, 1023), 4, P()),
         ((256,), 4, P()),  # too small
         ((), 4, P()),
@@ -98,13 +98,13 @@ def test_leaf_spec(shape, fsdp, spec):
 
 def test_parameters_and_moments_lie_alike():
     mesh = sharding.make_mesh(1, 4, 1)
-    params = {"a": jnp.ones((256, 512)), "b": jnp.ones(3)}
+    params = {"a": jnp.ones((512, 256)), "b": jnp.ones(3)}
     shapes = jax.eval_shape(lambda: (params, {"mu": params, "count": jnp.int32(0)}))
     laid, rest = sharding.tree_shardings(shapes, mesh)
     assert laid == rest["mu"]
     assert laid["a"].spec == P(None, "fsdp")
     placed = jax.device_put(params["a"], laid["a"])
-    assert {s.data.shape for s in placed.addressable_shards} == {(256, 128)}
+    assert {s.data.shape for s in placed.addressable_shards} == {(512, 64)}
 
 
 def test_put_batch_splits_videos():

@@ -11,6 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from sam2_jax import compiled, recipe, topology, train
 from sam2_jax.model import fused
+from tests.offline import without_compilation_cache  # noqa: F401
 
 BOTH = importlib.util.find_spec("jax_cuda12_plugin") and importlib.util.find_spec("nvidia")
 
@@ -46,6 +47,7 @@ def test_the_step_is_traced_with_these_answers(monkeypatch):
     assert asked == [True]
 
 
+@pytest.mark.usefixtures("without_compilation_cache")
 @pytest.mark.skipif(not BOTH, reason="the compiler for NVIDIA GPUs is not installed")
 @pytest.mark.parametrize(("heads", "d", "dv"), [(1, 256, 64), (8, 56, 56)])
 def test_heads_of_memory_attention_compile_for_h100(heads, d, dv):
