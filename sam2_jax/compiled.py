@@ -111,7 +111,7 @@ def report(config: Any, target: Target, count_work: bool = True) -> Report:
     compiled, needed = None, 0
     try:
         compiled = compile_step(config, parts, target)
-    except jax.errors.JaxRuntimeError as e:
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as e:
         needed = _needed_bytes(str(e))
         if not needed:
             raise UserError(
@@ -139,6 +139,8 @@ def report(config: Any, target: Target, count_work: bool = True) -> Report:
     found["state_bytes"] = sharded_bytes(parts.state, parts.mesh)
     found["flops_by_plan"] = work_by_plan(config) if count_work else {}
     found |= _program(compiled, target)
+    kinds = found["collectives"]
+    found["sent_bytes"] = None if kinds is None else hlo.sent(kinds)
     found["least_collective_bytes"] = least_collective_bytes(config, parts)
     return found | {"compile_seconds": seconds}
 

@@ -8,7 +8,7 @@ import math
 import re
 
 from sam2_jax import lora, methods
-from sam2_jax.config_keys import Config, flat_keys, one_of
+from sam2_jax.config_keys import Config, flat_keys, one_of, sources_by_key
 from sam2_jax.metrics import SCORED
 from sam2_jax.model.kernels import NAMES as KERNELS
 from sam2_jax.model.variants import VARIANTS
@@ -144,8 +144,7 @@ def check_train(config: Config) -> None:
             "train.truncate=True ends gradients between segments, and train.segment=0 makes none: "
             "set train.segment to the number of frames to learn from together"
         )
-    entries = {f"data.mixture.{key}": entry for key, entry in config.data.mixture.items()}
-    for name, part in (entries or {"data": config.data}).items():
+    for name, part in sources_by_key(config).items():
         if (segment := config.train.segment) and part.num_frames % min(segment, part.num_frames):
             raise UserError(
                 f"train.segment={segment} must divide {name}.num_frames={part.num_frames}, or be "

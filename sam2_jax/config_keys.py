@@ -29,3 +29,9 @@ def one_of(key: str, value: Any, choices: Sequence[str]) -> None:
             f"{key}='{value}' is unknown: did you mean '{nearest(str(value), choices)}'? "
             f"(of {', '.join(choices)})"
         )
+
+
+def sources_by_key(config: Config) -> dict[str, Any]:
+    """Settings of every source of training data, by their place in the config."""
+    mixture = {f"data.mixture.{name}": entry for name, entry in config.data.mixture.items()}
+    return mixture or {"data": config.data}

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sam2_jax import lora, losses, memory, optim, partition, prompts, rules, sharding
+from sam2_jax.config_keys import sources_by_key
 from sam2_jax.encode import Shared
 from sam2_jax.model.classes import module_classes
 from sam2_jax.model.kernels import Size, described, make_kernel
@@ -51,12 +52,6 @@ def make_optim_settings(config: Any) -> optim.OptimSettings:
     )
 
 
-def sources_by_key(config: Any) -> dict[str, Any]:
-    """Settings of every source of training data, by their place in the config."""
-    mixture = {f"data.mixture.{name}": entry for name, entry in config.data.mixture.items()}
-    return mixture or {"data": config.data}
-
-
 def check_batches(config: Any, mesh: Mesh, processes: int) -> None:
     """Can the batches of every source be dealt out? UserError that names the key if not."""
     for key, source in sources_by_key(config).items():
@@ -89,8 +84,7 @@ def describe_attention(config: Any, model: Sam2) -> str:
     v, dropout = model.variant, config.model.attention_dropout > 0
     stage = bisect.bisect(np.cumsum(v.stages), v.global_blocks[0])
     image, top = ((model.resolution // (4 * 2**n)) ** 2 for n in (stage, 2))
-    sources = dict(config.data.mixture.items()) or {"data": config.data}
-    frames = max(source.num_frames for source in sources.values())
+    frames = max(source.num_frames for source in sources_by_key(config).values())
     keys, masked = min(frames - 1, NUM_MEMORIES) * top, memory.outgrown(frames)
     parts = {"trunk": (Size(image, image, v.embed_dim // v.num_heads), False)}
     if frames > 1:

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from sam2_jax import compiled, hlo, sharding
+from sam2_jax import compiled, sharding
 from sam2_jax.compiled import Report
 from sam2_jax.config_checks import REMATS
+from sam2_jax.config_keys import sources_by_key
 from sam2_jax.memory_estimate import heaviest_source, size
-from sam2_jax.recipe import sources_by_key
 from sam2_jax.topology import Target
 from sam2_jax.types import UserError
 
@@ -95,7 +95,8 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
             try:
                 found = compiled.report(_with(config, setting), target, count_work=False)
             except UserError as error:
-                say(f"  cannot be: {error}")
+                known = str(error) in map(str, refused)
+                say(f"  cannot be: {'the same' if known else error}")
                 refused.append(error)
                 continue
             tried.append((setting, found))
@@ -103,7 +104,10 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
             if found["fits"]:
                 break
     if not tried:
-        raise refused[-1]
+        raise UserError(
+            f"--suggest: no setting can be on {target.name}: {refused[0]}; or take more videos "
+            "(data.batch_size), or fewer devices"
+        )
     timed = not any(found["fits"] and found["kernels_without_estimate"] for _, found in tried)
     tried.sort(key=lambda item: rank(*item, timed))
     best, report = tried[0]
@@ -114,8 +118,9 @@ def search(config: Any, target: Target, say: Callable[[str], None]) -> Report:
             "train.segment (frames tracked at a time), or lower model.resolution, data.num_frames "
             "or data.max_objects"
         )
-    sizes = [f" --config.{k}.batch_size={x.batch_size}" for k, x in sources_by_key(config).items()]
-    flags = "".join([best.flags(), *sizes])
+    given = {f"{key}.batch_size": x.batch_size for key, x in sources_by_key(config).items()}
+    given["model.attention"] = config.model.attention
+    flags = " ".join([best.flags(), *(f"--config.{key}={value}" for key, value in given.items())])
     return {"flags": flags, "settings": [{"flags": s.flags(), **found} for s, found in tried]}
 
 
@@ -126,7 +131,7 @@ def rank(setting: Setting, found: Report, timed: bool) -> tuple:
     compiler estimates no time, or not that of kernels: a setting that runs these once more would
     look too fast. What does not fit comes last, the leanest first.
     """
-    rule = (REMATS.index(setting.remat), hlo.sent(found["collectives"] or {}), setting.accumulate)
+    rule = (REMATS.index(setting.remat), found["sent_bytes"] or 0, setting.accumulate)
     if not found["fits"]:
         return (1, found["peak_bytes"])
     return (0, found["estimated_seconds"] or 0.0 if timed else 0.0, rule)
@@ -182,6 +187,7 @@ def report_table(found: Report) -> str:
             (kind, f"{row['count']} times, {size(row['bytes'])}")
             for kind, row in (found["collectives"] or {}).items()
         ),
+        ("sent a step", size(found["sent_bytes"])),
         ("least to be sent", size(found["least_collective_bytes"])),
         ("bytes moved, loops once", size(found["bytes_accessed"])),
     ]

@@ -141,18 +141,18 @@ def _count(name: str, size: str, most: int, host: int = 0) -> int:
     count = int(size) if size.isascii() and size.isdecimal() else 0
     if not 1 <= count <= most or (host and count > host and count % host):
         raise UserError(
-            f"--topology={name}: {size or 'no number'} is no number of devices; there are {names()}"
+            f"--topology={name}: there is no machine of '{size}' devices; there are {names()}"
         )
     return count
 
 
 def _tpu(name: str, family: str, size: str) -> Target:
     hbm, clock, slices = TPUS[family]
+    sides, largest = _sides(size), _sides(slices[-1])
     wrong = UserError(
         f"--topology={name}: there is no slice '{size}' of {family}; there are "
-        f"{', '.join(slices)}, and others of as many numbers, which are chips, and no more chips"
+        f"{', '.join(slices)}, and others of {len(largest)} such numbers, up to as many chips"
     )
-    sides, largest = _sides(size), _sides(slices[-1])
     if len(sides) != len(largest) or math.prod(sides) > math.prod(largest):
         raise wrong
     _needs("libtpu", name, "tpu")
@@ -215,19 +215,21 @@ def _sides(size: str) -> list[int]:
 def _needs(module: str, name: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise UserError(
-            f"--topology={name} needs the compiler for it, which is not installed: {_get(extra)}"
+            f"--topology={name} needs the compiler for it, which is not installed: "
+            f"{_get(module, extra)}"
         )
 
 
 def _unusable(module: str, name: str, extra: str, error: Exception) -> UserError:
     return UserError(
         f"--topology={name}: {module} is installed, but cannot describe it ({error!r}); perhaps it "
-        f"does not suit this JAX: {_get(extra)}"
+        f"does not suit this JAX: {_get(module, extra)}"
     )
 
 
-def _get(extra: str) -> str:
+def _get(module: str, extra: str) -> str:
+    version = module.removeprefix("jax_").removesuffix("_plugin")  # cuda12, cuda13
     return (
-        f"pip install 'jax[{'cuda12' if extra == 'cuda' else extra}]', or this package's "
-        f"extra: pip install -e '.[{extra}]'"
+        f"pip install 'jax[{version if extra == 'cuda' else extra}]', or this package's extra: "
+        f"pip install -e '.[{extra}]'"
     )

@@ -149,3 +149,8 @@ def test_a_file_in_the_place_of_checkpoints(tmp_path):
     (tmp_path / "checkpoints").touch()
     with pytest.raises(UserError, match="checkpoints is a file, not a folder"):
         preparing.prepare(config_lib.finish(smoke.get_config()), tmp_path)
+
+
+def test_a_value_of_two_lines_agrees_with_itself(monkeypatch):
+    monkeypatch.setattr(cluster, "gather_text", lambda text: [text] * 2)
+    cluster.agree({"data.root": "two\nlines"}, "never seen")

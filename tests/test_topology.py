@@ -13,7 +13,8 @@ from sam2_jax import compiled, recipe, topology, train
 from sam2_jax.model import fused
 from tests.offline import without_compilation_cache  # noqa: F401
 
-BOTH = importlib.util.find_spec("jax_cuda12_plugin") and importlib.util.find_spec("nvidia")
+CUDA = any(map(importlib.util.find_spec, topology.CUDA_PLUGINS))
+BOTH = CUDA and importlib.util.find_spec("nvidia")
 
 
 def gpu(capability):
