@@ -55,8 +55,8 @@ def test_rates_decay_and_layout(found):
     norm = by_path["image_encoder/trunk/blocks_0/norm1/scale"]
     assert norm["options"]["weight_decay"] == 0.0 and norm["class"] == "LayerNorm"
     assert norm["sharding"] == "on every device"
-    assert last["sharding"] == "axis 1 over fsdp"
-    assert last["shape"][1] > last["shape"][0]
+    assert last["sharding"] == "axis 0 over fsdp"
+    assert last["shape"][0] < last["shape"][1]  # the smallest is split
     held = {path for path, p in by_path.items() if p["frozen"]}
     neck = {path for path in by_path if path.startswith("image_encoder/neck/")}
     assert held == neck | {"sam_prompt_encoder/gaussian"}
@@ -81,7 +81,7 @@ def test_tables(script, found):
     assert lines[0].split() == "path class shape count rate decay sharding group".split()
     assert len(lines) == 1 + len(found["parameters"])
     (line,) = [x for x in lines if x.startswith("memory_attention/layers_0_linear1/kernel ")]
-    assert " 2.75e-06    0.1  axis 1 over fsdp  *: rate 5e-06 to 5e-07 (linear), decay 0.1" in line
+    assert " 2.75e-06    0.1  axis 0 over fsdp  *: rate 5e-06 to 5e-07 (linear), decay 0.1" in line
     (line,) = [x for x in lines if x.startswith("sam_prompt_encoder/gaussian ")]
     assert line.endswith("-      -  on every device   frozen")
     *groups, trained, everything = script.group_rows(found)
