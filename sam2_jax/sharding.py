@@ -52,7 +52,12 @@ def make_mesh(data: int, fsdp: int, model: int, devices: Sequence[Any] | None = 
     shape = mesh_shape(data, fsdp, model, len(devices))
     # A torus of 4 x 4 x 4 chips has no axis of 8, unless its axes may be split
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    if model > 1 and spans_processes(mesh):
+        # A host has 2 x 2 chips of a torus, of whose rows it has a half: host by host instead
+        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+        mesh = Mesh(np.reshape(ordered, shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return mesh
 
 
 def check_batch_size(

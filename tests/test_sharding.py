@@ -71,6 +71,24 @@ def test_a_video_belongs_to_one_process():
         sharding.check_batch_size(6, machines(3, 1, 2, range(6)), processes=6)
 
 
+def test_devices_that_share_a_video_are_of_one_host_where_they_can_be(monkeypatch):
+    """A slice of 4 x 4 chips, four to a host: JAX would lay four along a row, which is two hosts'.
+
+    Eight are of two hosts in any case.
+    """
+    devices = [Device(i, i // 4) for i in range(16)]
+    rows = (
+        np.array(devices, object).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3)
+    )  # host y, chip y, x, x
+    monkeypatch.setattr(
+        sharding.mesh_utils, "create_device_mesh", lambda shape, *_, **__: rows.reshape(shape)
+    )
+    assert sharding.spans_processes(machines(4, 1, 4, [d.process_index for d in rows.flat]))
+    sharding.check_batch_size(4, sharding.make_mesh(4, 1, 4, devices), processes=4)
+    with pytest.raises(UserError, match="take mesh.model=4"):
+        sharding.check_batch_size(4, sharding.make_mesh(-1, 1, 8, devices), processes=4)
+
+
 def test_a_video_on_a_torus_belongs_to_one_process_too():
     """The numbers fit, but the mesh was laid along a row of chips of two hosts."""
     rows = [0, 0, 1, 1, 0, 0, 1, 1]
