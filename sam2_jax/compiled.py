@@ -87,7 +87,12 @@ def make_parts(config: Any, devices: Sequence[Any]) -> Parts:
 
 
 def compile_step(config: Any, parts: Parts, target: Target) -> Any:
-    """The compiled step; jax.errors.JaxRuntimeError where the compiler gives up."""
+    """The compiled step.
+
+    Raises:
+        JaxRuntimeError, of jax.errors: the compiler gives up.
+        NotImplementedError: JAX has no form of an operation for the target.
+    """
     step = recipe.make_config_step(config, parts.model, parts.optimizer, parts.mesh)
     batch = batch_shapes(config, heaviest_source(config)[1].batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))

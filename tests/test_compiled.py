@@ -196,6 +196,17 @@ def test_a_report_without_a_program_has_the_same_rows(monkeypatch):
     assert "20.50 GiB" in suggest.report_table(found)
 
 
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError, NotImplementedError])
+def test_what_cannot_be_compiled_is_said(monkeypatch, error):
+    def refuse(*_):
+        raise error("heads of 512 channels")
+
+    monkeypatch.setattr(compiled, "compile_step", refuse)
+    target = topology.open_target(f"cpu:{DEVICES}")
+    with pytest.raises(UserError, match=f"{target.name} cannot compile this step: heads of 512"):
+        compiled.report(small_config(), target, count_work=False)
+
+
 def test_kernels_that_are_not_in_the_estimate_are_told():
     found = small_report(2) | {"estimated_seconds": 0.5, "kernels_without_estimate": 12}
     assert suggest.words(found).endswith("about 0.5 s a step and its kernels")

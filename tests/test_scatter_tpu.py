@@ -22,7 +22,7 @@ def test_gradients_are_scattered_not_summed_everywhere():
     """Of each shape of base_plus that is sharded one, over `fsdp`, then the shards over `data`.
 
     A sum on every device sends twice as much; split along the axis that lies on a register's lanes
-    two fifths of the bytes were such sums.
+    three tenths of these bytes were such sums.
     """
     target = topology.open_target("v5e:4x4")
     mesh = sharding.make_mesh(-1, 8, 1, target.devices)

@@ -77,9 +77,8 @@ def test_devices_that_share_a_video_are_of_one_host_where_they_can_be(monkeypatc
     Eight are of two hosts in any case.
     """
     devices = [Device(i, i // 4) for i in range(16)]
-    rows = (
-        np.array(devices, object).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3)
-    )  # host y, chip y, x, x
+    hosts = np.array(devices, object).reshape(2, 2, 2, 2)  # host's row, column, chip's row, column
+    rows = hosts.transpose(0, 2, 1, 3)
     monkeypatch.setattr(
         sharding.mesh_utils, "create_device_mesh", lambda shape, *_, **__: rows.reshape(shape)
     )
