@@ -1,8 +1,9 @@
 """A run in small, one of several processes: sums over all devices, stops when one is asked to.
 
-    python -m tests.peers HOST:PORT PROCESSES PROCESS
+    python -m tests.peers HOST:PORT PROCESSES PROCESS SILENCE
 
-Prints its steps; takes seconds to start, where a model takes minutes.
+Prints its steps; takes seconds to start, where a model takes minutes. SILENCE takes the place of
+cluster.SILENCE, so that tests need not wait for as long.
 """
 
 import sys
@@ -16,7 +17,8 @@ from sam2_jax import cluster, stopping
 STEPS = 400
 
 
-def main(address: str, processes: str, process: str) -> int:
+def main(address: str, processes: str, process: str, silence: str) -> int:
+    cluster.SILENCE = int(silence)
     cluster.connect(address, int(processes), int(process))
     with cluster.ending_together():
         request = stopping.Request()

@@ -16,6 +16,7 @@ from tests import processes
 
 DEVICES = 2  # of a run, in one process or one in each; tests/meshes.py has more of both
 STEPS = 8
+SILENCE = 10  # seconds, of tests/peers.py
 # nano on masks alone, which compiles fastest; batches of one video per device
 SMALL = {
     "model.resolution": 32,
@@ -132,16 +133,19 @@ def peers(tmp_path):
     address = f"localhost:{processes.free_port()}"
     started = []
     for i in range(2):
-        command = [sys.executable, "-m", "tests.peers", address, "2", str(i)]
-        with (tmp_path / f"{i}.log").open("w") as log:
-            env = os.environ | {"JAX_PLATFORMS": "cpu"}
-            started.append(subprocess.Popen(command, cwd=processes.ROOT, env=env, stdout=log))
+        command = [sys.executable, "-m", "tests.peers", address, "2", str(i), str(SILENCE)]
+        env = os.environ | {"JAX_PLATFORMS": "cpu"}
+        with (tmp_path / f"{i}.log").open("w") as log, (tmp_path / f"{i}.err").open("w") as err:
+            started.append(
+                subprocess.Popen(command, cwd=processes.ROOT, env=env, stdout=log, stderr=err)
+            )
     while any(not steps_of(tmp_path / f"{i}.log") for i in range(2)):
         assert all(process.poll() is None for process in started)
         time.sleep(0.02)
     yield started, [tmp_path / f"{i}.log" for i in range(2)]
     for process in started:
         process.kill()
+        process.wait()
 
 
 def steps_of(log: pathlib.Path) -> list[int]:
@@ -163,6 +167,16 @@ def test_whichever_is_killed_the_other_ends(peers, killed):
     started, _ = peers
     started[killed].kill()
     assert started[1 - killed].wait(cluster.SILENCE) not in {0, 2}
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_whichever_falls_silent_the_other_ends(peers, frozen):
+    """No connection breaks: without heartbeats a collective would wait for ever, as on devices."""
+    started, logs = peers
+    started[frozen].send_signal(signal.SIGSTOP)
+    assert started[1 - frozen].wait(4 * SILENCE) == -signal.SIGABRT  # 134 of a shell
+    said = logs[1 - frozen].with_suffix(".err").read_text()
+    assert "Terminating process because the JAX distributed service detected fatal errors" in said
 
 
 @pytest.mark.parametrize(
